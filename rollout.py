@@ -1,0 +1,149 @@
+"""The rollout: vLLM as a library inside the Worker's process: generate, sleep, wake, take new weights.
+
+In:   prompts as token ids, and the policy's weights as an iterator of (Hugging Face name, tensor).
+Out:  finished responses one by one: token ids as sampled, their log-probs, text, finish reason.
+
+    asleep ── wake_weights ── load_weights ── wake_cache ── generate … generate ── sleep ── (training) ── asleep
+
+vLLM joins the torch.distributed world that the Worker has made (executor "external_launcher"): ranks 0…tp−1 are the
+first engine, the next tp the second. Every rank of such a group holds a scheduler of its own and must make the same
+calls with the same prompts and the same seed. Every vLLM call of this project is in this file.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+
+
+class SyncError(Exception):
+    """The engine does not hold the weights it was sent."""
+
+
+class Rollout:
+    def __init__(self, cfg, path, dtype, device):
+        """An engine over cfg.tensor_parallel ranks, with the weights of the Hugging Face folder `path`."""
+        from vllm import LLM
+
+        self.cfg, self.on_gpu = cfg, device.type == "cuda"
+        rng = torch.get_rng_state()  # building an engine reseeds its host's generators
+        self.llm = LLM(
+            path,
+            dtype=str(dtype).removeprefix("torch."),
+            tensor_parallel_size=cfg.tensor_parallel,
+            distributed_executor_backend="external_launcher",
+            max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
+            gpu_memory_utilization=cfg.gpu_memory_utilization,
+            enable_prefix_caching=True,  # one prefill for all samples of a prompt
+            enable_sleep_mode=self.on_gpu,
+            enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
+            logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
+            generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
+            seed=cfg.seed,
+            disable_log_stats=True,
+        )
+        torch.set_rng_state(rng)
+        self.engine = self.llm.llm_engine
+        self.end_tokens = end_tokens(path)
+        self.model = self.llm.apply_model(lambda model: model)[0]
+
+    def generate(self, requests, seed, temperature, top_p, on_finish):
+        """Sample one response for each prompt of `requests` (lists of token ids); engine-wide, in this order.
+
+        Calls on_finish(index, response_ids int32, logprobs fp32, text, finish_reason) as each one ends, while others go on.
+        Returns a hash of all sampled ids, for the ranks of a tensor-parallel group to compare.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        torch.manual_seed(seed)
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=-1,
+            max_tokens=self.cfg.max_response_tokens,
+            stop=list(self.cfg.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=self.end_tokens,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,  # arrays, not an object per token
+            skip_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for index, prompt_ids in enumerate(requests):
+            self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
+        ids_hash = 0
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    index, response = int(output.request_id), output.outputs[0]
+                    ids = np.array(response.token_ids, np.int32)
+                    logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
+                    digest = hashlib.blake2b(index.to_bytes(8) + ids.tobytes(), digest_size=7).digest()
+                    ids_hash ^= int.from_bytes(digest, "big")
+                    on_finish(index, ids, logprobs, response.text, response.finish_reason)
+        return ids_hash
+
+    def load_weights(self, weights):
+        """Replace all weights by `weights`, an iterator of (Hugging Face name, whole tensor).
+
+        Raises SyncError unless every tensor was taken and every parameter written.
+        """
+        written, num_sent = set(), 0
+
+        def counted():
+            nonlocal num_sent
+            for name, tensor in weights:
+                num_sent += 1
+                yield name, tensor
+
+        def load(iterator):
+            loaded = type(self.model).load_weights(self.model, iterator)
+            written.update(loaded)
+            return loaded
+
+        self.model.load_weights = load  # reload_weights only warns about what was not written; we refuse
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
+        finally:
+            del self.model.load_weights
+        if not self.on_gpu:
+            repack_tied_head(self.model)
+        self.llm.reset_prefix_cache()
+        missing = {name for name, _ in self.model.named_parameters()} - written
+        if missing or not num_sent:
+            raise SyncError(f"the weight sync sent {num_sent} tensors and left unwritten: {sorted(missing)}")
+
+    def sleep(self):
+        if self.on_gpu:
+            self.llm.sleep(level=2)  # weights and KV cache are dropped; the next sync brings new weights
+
+    def wake_weights(self):
+        if self.on_gpu:
+            self.llm.wake_up(tags=["weights"])
+
+    def wake_cache(self):
+        if self.on_gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+
+
+def repack_tied_head(vllm_model):
+    """On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps its old packing after a reload."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    head = getattr(vllm_model, "lm_head", None)
+    if head is not None and vllm_model.config.tie_word_embeddings:
+        dispatch_cpu_unquantized_gemm(head, False)
+
+
+def end_tokens(path):
+    """All end tokens that a model folder names. With its sampling defaults switched off vLLM knows only one."""
+    tokens = set()
+    for file in ("config.json", "generation_config.json"):
+        if os.path.exists(os.path.join(path, file)):
+            with open(os.path.join(path, file)) as f:
+                ids = json.load(f).get("eos_token_id")
+            tokens.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(tokens)
