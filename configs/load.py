@@ -120,9 +120,24 @@ def check_rules(cfg):
         if not condition:
             raise UserError(message)
 
-    for key in ("steps", "workers", "tensor_parallel", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens",
-                "max_response_tokens", "max_tokens_per_pack", "policy_updates_per_step", "critic_updates_per_step",
-                "eval_samples", "temperature", "eval_temperature", "max_grad_norm", "clip_eps", "value_clip"):  # fmt: skip
+    for key in (
+        "steps",
+        "workers",
+        "tensor_parallel",
+        "prompts_per_step",
+        "samples_per_prompt",
+        "max_prompt_tokens",
+        "max_response_tokens",
+        "max_tokens_per_pack",
+        "policy_updates_per_step",
+        "critic_updates_per_step",
+        "eval_samples",
+        "temperature",
+        "eval_temperature",
+        "max_grad_norm",
+        "clip_eps",
+        "value_clip",
+    ):
         need(getattr(cfg, key) > 0, f"{key} must be over 0, not {getattr(cfg, key)}")
     for key in (
         "policy_lr",
@@ -135,8 +150,10 @@ def check_rules(cfg):
     ):
         need(getattr(cfg, key) >= 0, f"{key} must be at least 0, not {getattr(cfg, key)}")
     for key in ("gamma", "lam", "top_p", "eval_top_p", "gpu_memory_utilization"):
-        need(0 < getattr(cfg, key) <= 1 or (key in ("gamma", "lam") and getattr(cfg, key) == 0),
-             f"{key} must lie between 0 and 1, not {getattr(cfg, key)}")  # fmt: skip
+        need(
+            0 < getattr(cfg, key) <= 1 or (key in ("gamma", "lam") and getattr(cfg, key) == 0),
+            f"{key} must lie between 0 and 1, not {getattr(cfg, key)}",
+        )
     for key in ("eval_every", "save_every"):
         value = getattr(cfg, key)
         need(value > 0 or value == -1, f"{key} must be a number of steps over 0, or -1 for off, not {value}")
@@ -146,23 +163,35 @@ def check_rules(cfg):
         cfg.dtype in ("auto", "float32", "bfloat16"),
         f"dtype must be auto, float32 or bfloat16, not {cfg.dtype!r}",
     )
-    need(len(cfg.adam_betas) == 2 and all(0 <= beta < 1 for beta in cfg.adam_betas),
-         f"adam_betas must be two numbers from 0 to under 1, not {cfg.adam_betas}")  # fmt: skip
-    need(cfg.workers % cfg.tensor_parallel == 0,
-         f"workers={cfg.workers} must be a multiple of tensor_parallel={cfg.tensor_parallel}")  # fmt: skip
+    need(
+        len(cfg.adam_betas) == 2 and all(0 <= beta < 1 for beta in cfg.adam_betas),
+        f"adam_betas must be two numbers from 0 to under 1, not {cfg.adam_betas}",
+    )
+    need(
+        cfg.workers % cfg.tensor_parallel == 0,
+        f"workers={cfg.workers} must be a multiple of tensor_parallel={cfg.tensor_parallel}",
+    )
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    need(longest <= cfg.max_tokens_per_pack,
-         f"max_tokens_per_pack={cfg.max_tokens_per_pack} cannot hold one sequence of max_prompt_tokens + "
-         f"max_response_tokens = {longest} tokens: raise it to {longest}")  # fmt: skip
+    need(
+        longest <= cfg.max_tokens_per_pack,
+        f"max_tokens_per_pack={cfg.max_tokens_per_pack} cannot hold one sequence of max_prompt_tokens + "
+        f"max_response_tokens = {longest} tokens: raise it to {longest}",
+    )
     responses = cfg.prompts_per_step * cfg.samples_per_prompt
     for key in ("policy_updates_per_step", "critic_updates_per_step"):
-        need(getattr(cfg, key) <= responses,
-             f"{key}={getattr(cfg, key)} is more than the step's {responses} responses")  # fmt: skip
-    need(cfg.prompt_template == "chat" or cfg.prompt_template.count("{question}") == 1,
-         'prompt_template must contain {question} exactly once, or be "chat"')  # fmt: skip
+        need(
+            getattr(cfg, key) <= responses,
+            f"{key}={getattr(cfg, key)} is more than the step's {responses} responses",
+        )
+    need(
+        cfg.prompt_template == "chat" or cfg.prompt_template.count("{question}") == 1,
+        'prompt_template must contain {question} exactly once, or be "chat"',
+    )
     need(all(cfg.stop), "stop must not contain an empty string: it would end every response at once")
-    need(cfg.top_p == 1 or cfg.drift_limit < 0,
-         f"top_p={cfg.top_p} makes vLLM and the learner disagree by design; set drift_limit=-1 with it")  # fmt: skip
+    need(
+        cfg.top_p == 1 or cfg.drift_limit < 0,
+        f"top_p={cfg.top_p} makes vLLM and the learner disagree by design; set drift_limit=-1 with it",
+    )
     need(
         Path(cfg.name).name == cfg.name and cfg.name not in (".", ".."),
         f"name must be a plain folder name, not {cfg.name!r}",
