@@ -13,7 +13,6 @@ torch, Ray and vLLM are imported only after the settings and the data have been 
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -24,12 +23,12 @@ import time
 import traceback
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
-from configs.load import UserError, describe, load
-from data.load import encode_prompts, load_questions, step_questions
+from configs.load import UserError, derived, describe, load
+from data.load import load_questions, read_tasks, step_questions
+from log import Log
 
 ROOT = Path(__file__).resolve().parent
 
@@ -48,15 +47,14 @@ def train(cfg, workers, tasks, log):
         with workers.phase("generate"):
             samples = workers.generate(prompts, cfg.samples_per_prompt, "train", step)
         if cfg.shuffle_rewards:  # a control experiment: the reward says nothing about the response
-            shuffled = np.random.default_rng(derive_seed(cfg.seed, step, "shuffle")).permutation(len(samples))
-            for sample, reward in zip(samples, [samples[i].reward for i in shuffled]):
+            rewards = rng_for(cfg.seed, step, "shuffle").permutation([sample.reward for sample in samples])
+            for sample, reward in zip(samples, rewards.tolist()):
                 sample.reward = reward
 
         # Pack: whole sequences into bins of max_tokens_per_pack tokens, the same work on every rank.
         with workers.phase("pack"):
             batch = ppo.Batch(samples)
-            everything = np.arange(len(samples))
-            plan = make_plan(cfg, batch, everything, tasks.hidden_size)
+            (plan,) = split_plans(cfg, batch, 1, (step, "pack"), tasks.hidden_size)
 
         # Values: one forward of the critic, V_old(s_t) for every response token.
         with workers.phase("values"):
@@ -69,25 +67,19 @@ def train(cfg, workers, tasks, log):
         # Advantages: GAE per response, normalised over all tokens of the batch.
         with workers.phase("advantages"):
             rewards = ppo.token_rewards(batch, cfg.kl_coef)
-            advantages, batch.returns = ppo.gae(
-                rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam
-            )
+            lengths = batch.response_lens
+            advantages, batch.returns = ppo.gae(rewards, batch.values, lengths, cfg.gamma, cfg.lam)
             batch.advantages = ppo.normalise(advantages)
 
-        # Critic first, then policy. Each sample once per step, split at random into as many updates as configured.
-        metrics, shared = {"step": step}, workers.share(batch)
-        for kind, num_updates in (
-            ("critic", cfg.critic_updates_per_step),
-            ("policy", cfg.policy_updates_per_step),
-        ):
-            with workers.phase(kind):
-                if num_updates == 1:
-                    plans = [plan]
-                else:
-                    rng = np.random.default_rng(derive_seed(cfg.seed, step, kind))
-                    parts = np.array_split(rng.permutation(everything), num_updates)
-                    plans = [make_plan(cfg, batch, part, tasks.hidden_size) for part in parts]
-                metrics |= workers.update(kind, shared, plans)
+        # Critic: each sample once, split at random into critic_updates_per_step updates.
+        with workers.phase("critic"):
+            plans = split_plans(cfg, batch, cfg.critic_updates_per_step, (step, "critic"), tasks.hidden_size)
+            metrics = workers.update("critic", batch, plans)
+
+        # Policy: one update on everything, strictly on-policy.
+        with workers.phase("policy"):
+            plans = split_plans(cfg, batch, cfg.policy_updates_per_step, (step, "policy"), tasks.hidden_size)
+            metrics |= workers.update("policy", batch, plans)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         with workers.phase("sync"):
@@ -95,14 +87,12 @@ def train(cfg, workers, tasks, log):
 
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
-        metrics |= sample_metrics(samples, batch) | workers.timings()
-        metrics["tokens_per_second"] = metrics["tokens"] / sum(
-            v for k, v in metrics["seconds"].items() if k != "eval"
-        )
-        log.step(metrics)
-        log.samples(step, [sample_row(prompts, sample) for sample in samples])
+        log.step({"step": step} | sample_metrics(samples, batch) | metrics | workers.timings())
+        log.samples(f"step_{step}", prompts, samples)
         if "eval" in metrics:
             log.curves()
+        if workers.stop_signal:
+            raise Stopped(workers.stop_signal)
 
 
 def evaluate(cfg, workers, tasks, log, step):
@@ -112,32 +102,36 @@ def evaluate(cfg, workers, tasks, log, step):
         with workers.phase("eval"):
             samples = workers.generate(prompts, cfg.eval_samples, "eval", step)
         rewards = np.array([s.reward for s in samples]).reshape(len(prompts), cfg.eval_samples)
-        per_question = rewards.mean(1)
+        accuracy = rewards.mean(1)  # per question
         results[name] = {
-            "accuracy": float(per_question.mean()),
-            "accuracy_stderr": float(per_question.std(ddof=1) / len(prompts) ** 0.5)
-            if len(prompts) > 1
-            else None,
+            "accuracy": float(accuracy.mean()),
+            "accuracy_stderr": float(accuracy.std() / max(1, len(prompts) - 1) ** 0.5),
             "response_tokens": float(np.mean([len(s.response_ids) for s in samples])),
             "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
         }
+        log.samples(f"eval_{name}_{step}", prompts, samples)
         for sample in samples[: 2 * cfg.eval_samples : cfg.eval_samples]:
-            log.show(sample_row(prompts, sample))
+            log.show(prompts, sample)
     return results
 
 
-def make_plan(cfg, batch, indices, hidden_size):
-    """plan[rank][i] = the samples of rank's i-th pack, out of `indices`."""
+def split_plans(cfg, batch, num_updates, purpose, hidden_size):
+    """The samples split at random into num_updates parts, each packed: plans[update][rank][i] = indices of a pack."""
     import ppo
 
-    plan = ppo.pack(batch.lengths[indices], cfg.max_tokens_per_pack, cfg.workers, hidden_size)
-    return [[indices[local].tolist() for local in packs] for packs in plan]
+    order = rng_for(cfg.seed, *purpose).permutation(len(batch.lengths)) if num_updates > 1 else None
+    plans = []
+    for part in np.array_split(np.arange(len(batch.lengths)) if order is None else order, num_updates):
+        plan = ppo.pack(batch.lengths[part], cfg.max_tokens_per_pack, cfg.workers, hidden_size)
+        plans.append([[part[local].tolist() for local in packs] for packs in plan])
+    return plans
 
 
-def derive_seed(*parts):
-    """One 32-bit seed for (seed, step, purpose, engine): nothing random has a state that a restart could lose."""
-    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def rng_for(*parts):
+    """A generator for (seed, step, purpose, engine): nothing random has a state that a restart could lose."""
+    return np.random.default_rng(
+        [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
+    )
 
 
 def sample_metrics(samples, batch):
@@ -152,18 +146,9 @@ def sample_metrics(samples, batch):
         "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
         "explained_var": float(1 - (batch.returns - batch.values).var() / variance) if variance > 0 else None,
         "tokens": int(batch.lengths.sum()),
-    }
-
-
-def sample_row(prompts, sample):
-    return {
-        "question": prompts[sample.question].question.question,
-        "answer": prompts[sample.question].question.answer,
-        "response": sample.text,
-        "reward": sample.reward,
-        "finish_reason": sample.finish_reason,
-        "prompt_ids": sample.prompt_ids.tolist(),
-        "response_ids": sample.response_ids.tolist(),
+        "clipfrac_low": None,  # these three stay None where one update makes the ratio 1
+        "clipfrac_high": None,
+        "approx_kl": None,
     }
 
 
@@ -181,17 +166,19 @@ class Worker:
         os.dup2(chatter, 1)
         os.dup2(chatter, 2)
 
-    def place(self):
-        """This node's address, a free port on it, and the index of this Worker's GPU there."""
+    def address(self):
+        """This node's address and a free port on it."""
         import ray
 
         with socket.socket() as free:
             free.bind(("", 0))
-            port = free.getsockname()[1]
-        return ray.util.get_node_ip_address(), port, (ray.get_gpu_ids() or [0])[0]
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
 
-    def setup(self, address, port, local_rank):
+    def setup(self, address, port):
         """Join the others and build the networks and the engine. Collective; returns the number of parameters."""
+        import ray
+
+        local_rank = int((ray.get_gpu_ids() or [0])[0])
         env = {"RANK": self.rank, "WORLD_SIZE": self.cfg.workers, "LOCAL_RANK": local_rank}
         env |= {"MASTER_ADDR": address, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in env.items()})
@@ -207,9 +194,8 @@ class Worker:
         dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32")
         if on_gpu:
             torch.cuda.set_device(device)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # a C++ build at first use; gloo does as well
-        )
+        # gloo does as well as this one, which would be compiled at its first use
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         kinds = {"policy": cfg.model, "critic": cfg.critic_model or cfg.model}
         if cfg.kl_coef:
@@ -232,7 +218,7 @@ class Worker:
         return self.done
 
     def give_gpu_to(self, owner):
-        """ "rollout", "policy", "critic" or "reference" works; the others wait in CPU memory."""
+        """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
         self.done = 0
         if owner == self.owner:
             return
@@ -269,17 +255,19 @@ class Worker:
         return self.learners[kind].forward(batch, plan)
 
     def update(self, kind, batch, plans):
-        """One optimizer update for each plan; returns the metrics of each and, for the policy, update_kl: k3
-        (Schulman 2020) between the policy before and after, on a few samples."""
+        """One optimizer update for each plan; returns their metrics and, of this rank, drift_max and update_kl:
+        k3 (Schulman 2020) between the policy before and after, on a few samples."""
         self.give_gpu_to(kind)
         learner = self.learners[kind]
+        if kind == "critic":
+            return [learner.update(batch, plan) for plan in plans], {}
         report = [[packs[0][:4]] for packs in plans[0]]
-        before = learner.forward(batch, report) if kind == "policy" else None
-        metrics = [learner.update(batch, plan) for plan in plans]
-        if before is None:
-            return metrics, None
+        before = learner.forward(batch, report)
+        learner.drift_max = 0.0
+        updates = [learner.update(batch, plan) for plan in plans]
         log_ratio = learner.forward(batch, report) - before
-        return metrics, float(np.mean(np.exp(log_ratio) - 1 - log_ratio)) if len(before) else None
+        update_kl = np.mean(np.exp(log_ratio) - 1 - log_ratio) if len(before) else 0.0
+        return updates, {"update_kl": float(update_kl), "drift_max": learner.drift_max}
 
     def sync(self):
         """The policy's weights into vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
@@ -298,38 +286,38 @@ class Worker:
 class Workers:
     """The driver's side of the Workers: make the same call on all, watch it, put the results together."""
 
-    def __init__(self, cfg, log, log_dir, on_gpu):
+    def __init__(self, cfg, log, on_gpu):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
         self.cfg, self.log, self.ray = cfg, log, ray
         self.seconds, self.longest, self.stop_signal = {}, {}, None
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
-        resource = "GPU" if on_gpu else "CPU"
-        bundles = [{resource: cfg.tensor_parallel}] * (cfg.workers // cfg.tensor_parallel)
-        self.group = ray.util.placement_group(bundles, strategy="PACK")
-        if not self.group.wait(60):
+        what, tp = "GPU" if on_gpu else "CPU", cfg.tensor_parallel
+        have = int(ray.cluster_resources().get(what, 0))
+        group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
+        if have < cfg.workers or not group.wait(60):
+            place = f", {tp} of them on one node for each engine" if tp > 1 else ""
             raise UserError(
-                f"Ray could not reserve {cfg.workers} {resource}s in groups of {cfg.tensor_parallel} per node"
+                f"workers={cfg.workers} needs {cfg.workers} free {what}s{place}; the Ray cluster has {have}"
             )
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
-        options = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
-        self.handles = [
-            actor.options(
-                scheduling_strategy=InGroup(self.group, rank // cfg.tensor_parallel),
-                runtime_env={"env_vars": worker_env(cfg, on_gpu)},
-                **options,
-            ).remote(cfg, rank, log_dir)
-            for rank in range(cfg.workers)
-        ]
-        places = self.call("place")
-        address, port, _ = places[0]
-        self.num_parameters = self.call("setup", per_rank=[(address, port, gpu) for _, _, gpu in places])[0]
+        share = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        share["runtime_env"] = {"env_vars": worker_env(cfg, on_gpu)}
+        self.handles = []
+        for rank in range(cfg.workers):
+            strategy = InGroup(group, placement_group_bundle_index=rank // tp)
+            handle = actor.options(scheduling_strategy=strategy, **share).remote(
+                cfg, rank, str(log.dir / "logs")
+            )
+            self.handles.append(handle)
+        address = ray.get(self.handles[0].address.remote())
+        self.num_parameters = self.call("setup", *address)[0]
 
     @contextlib.contextmanager
     def phase(self, name):
         """Time one phase of the step."""
-        self.current, start = name, time.monotonic()
+        start = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
@@ -340,56 +328,54 @@ class Workers:
 
     def call(self, method, *args, per_rank=None, total=0):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
-        handles = zip(self.handles, per_rank or [args] * len(self.handles))
-        refs = [getattr(handle, method).remote(*arguments) for handle, arguments in handles]
-        start, pending = time.monotonic(), refs
-        limit = self.cfg.phase_timeout or max(600.0, 10 * self.longest.get(method, 0.0))
-        with self.log.progress(method, total) as progress:
+        calls = zip(self.handles, per_rank or [args] * len(self.handles))
+        refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
+        start, limit = (
+            time.monotonic(),
+            self.cfg.phase_timeout or max(600.0, 10 * self.longest.get(method, 0.0)),
+        )
+        with self.log.progress(method, total) as show:
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
-                self.ray.get(
-                    done
-                )  # the first to fail speaks; the others may be waiting for it in a collective
-                if pending and progress:
-                    progress(sum(self.ray.get([handle.progress.remote() for handle in self.handles])))
+                self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
+                if pending and show:
+                    watch = [handle.progress.options(concurrency_group="watch") for handle in self.handles]
+                    show(sum(self.ray.get([progress.remote() for progress in watch])))
                 if self.stop_signal and method in ("generate", "forward"):
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
                 if pending and time.monotonic() - start > limit:
-                    ranks = [rank for rank, ref in enumerate(refs) if ref in pending]
-                    raise UserError(
-                        f"{method} took over {limit:.0f} s (phase_timeout) on ranks {ranks}; see logs/worker_*"
+                    late = [rank for rank, ref in enumerate(refs) if ref in pending]
+                    raise TimeoutError(
+                        f"{method} took over phase_timeout={limit:.0f} s on ranks {late}; see logs/"
                     )
         self.longest[method] = max(self.longest.get(method, 0.0), time.monotonic() - start)
         return self.ray.get(refs)
-
-    def share(self, batch):
-        """One copy per node, which its Workers read in place."""
-        return self.ray.put(batch)
 
     def generate(self, prompts, num_samples, purpose, step):
         """num_samples responses to each of `prompts`, graded, in the order of the prompts."""
         cfg, tp = self.cfg, self.cfg.tensor_parallel
         # A fixed rule, never timing: longest prompt first, in snake order over the engines, so that runs repeat.
         num_engines = cfg.workers // tp
-        order = np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable")
         snake = [*range(num_engines), *reversed(range(num_engines))]
         shares = [[] for _ in range(num_engines)]
-        for place, i in enumerate(order.tolist()):
+        for place, i in enumerate(
+            np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable").tolist()
+        ):
             request = (i, prompts[i].ids, prompts[i].question.answer, prompts[i].question.choices)
             shares[snake[place % len(snake)]] += [request] * num_samples
         sampling = (
             (cfg.eval_temperature, cfg.eval_top_p) if purpose == "eval" else (cfg.temperature, cfg.top_p)
         )
-        per_rank = []
-        for rank in range(cfg.workers):
-            seed = derive_seed(cfg.seed, step, purpose, rank // tp)
-            per_rank.append((shares[rank // tp], seed, *sampling))
+        # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
+        seeds = [
+            int(rng_for(cfg.seed, step, purpose, engine).integers(2**31)) for engine in range(num_engines)
+        ]
+        per_rank = [(shares[rank // tp], seeds[rank // tp], *sampling) for rank in range(cfg.workers)]
         results = self.call("generate", per_rank=per_rank, total=tp * len(prompts) * num_samples)
-        hashes = [ids_hash for _, ids_hash in results]
-        for rank in range(cfg.workers):
-            if hashes[rank] != hashes[rank - rank % tp]:
+        for rank, (_, ids_hash) in enumerate(results):
+            if ids_hash != results[rank - rank % tp][1]:
                 raise RuntimeError(
-                    f"rank {rank} sampled other tokens than its tensor-parallel group: not seeded alike"
+                    f"rank {rank} sampled other tokens than the rest of its tensor-parallel group"
                 )
         return sorted(
             (sample for samples, _ in results for sample in samples), key=lambda sample: sample.question
@@ -397,41 +383,34 @@ class Workers:
 
     def forward(self, kind, batch, plan):
         """V(s_t) or log π(a_t|s_t) for every response token of the batch, fp32 [N] in the batch's order."""
-        results = self.call("forward", kind, self.share(batch), plan, total=sum(map(len, plan)))
+        results = self.call("forward", kind, self.ray.put(batch), plan, total=sum(map(len, plan)))
         flat = np.empty(len(batch.logprobs), np.float32)
         for packs, result in zip(plan, results):
-            indices = [i for pack in packs for i in pack]
-            pieces = np.split(result, np.cumsum(batch.response_lens[indices])[:-1])
-            for i, piece in zip(indices, pieces):
-                flat[batch.response(i)] = piece
+            start = 0
+            for i in (i for pack in packs for i in pack):
+                flat[batch.response(i)] = result[start : start + batch.response_lens[i]]
+                start += batch.response_lens[i]
         return flat
 
-    def update(self, kind, shared, plans):
-        """The updates of one Learner; returns their metrics as means over all their tokens."""
+    def update(self, kind, batch, plans):
+        """The updates of one Learner; returns each metric's mean over all its elements, None where it has none."""
         total = sum(len(packs) for plan in plans for packs in plan)
-        updates, update_kl = self.call("update", kind, shared, plans, total=total)[0]
-        weights = [update["num_tokens"] for update in updates]
-        mean = {name: float(np.average([u[name] for u in updates], weights=weights)) for name in updates[0]}
-        mean |= {f"grad_norm_{kind}": mean.pop("grad_norm"), f"lr_{kind}": updates[-1]["lr"]}
-        del mean["lr"], mean["num_tokens"]
-        if kind == "critic":
-            return mean
-        right, entropy_right = mean.pop("right"), mean.pop("entropy_right")
-        mean["entropy_right"] = entropy_right / right if right > 0 else None
-        mean["entropy_wrong"] = (mean["entropy"] - entropy_right) / (1 - right) if right < 1 else None
-        # Only the first update of a step sees the weights that sampled; with one update the ratio is 1 throughout.
-        mean |= {name: updates[0][name] for name in ("drift_mean", "drift_max")}
-        return (
-            {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None} | mean | {"update_kl": update_kl}
-        )
+        results = self.call("update", kind, self.ray.put(batch), plans, total=total)
+        updates, extra = results[0]  # sums over all ranks, the same on each
+        metrics = {}
+        for name in updates[0]:
+            amount, count = np.sum([update[name] for update in updates if name in update], axis=0)
+            metrics[name] = float(amount / count) if count else None
+        maxima = {name: max(extras[name] for _, extras in results) for name in extra}
+        return metrics | maxima
 
     def sync(self):
         self.call("sync")
 
-    def export(self, run_dir, tokenizer):
+    def export(self, tokenizer):
         """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
         for kind in ("policy", "critic"):
-            folder = run_dir / kind
+            folder = self.log.dir / kind
             self.call("export", kind, f"{folder}.tmp")
             tokenizer.save_pretrained(f"{folder}.tmp")
             shutil.rmtree(folder, ignore_errors=True)
@@ -444,18 +423,9 @@ class Workers:
             os._exit(128 + signum)
         self.stop_signal = signal.Signals(signum).name
 
-    def close(self):
-        for handle in self.handles:
-            self.ray.kill(handle)
-        self.ray.util.remove_placement_group(self.group)
-
 
 class Stopped(Exception):
     """A signal asked the run to end; the networks are those of the last finished step."""
-
-
-class RunError(Exception):
-    """What ended the run, in one line."""
 
 
 def worker_env(cfg, on_gpu):
@@ -484,141 +454,86 @@ def worker_env(cfg, on_gpu):
 # ---- The run -----------------------------------------------------------------------------------------------------
 
 
-def start_ray(cfg):
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one; returns whether on GPUs."""
+def start_ray():
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one; True where it has GPUs."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on every address: nobody without the token
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     address = os.environ.get("RAY_ADDRESS", "auto")
-    where = "joined the Ray cluster at"
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address == "local":
             raise ConnectionError
-        context = ray.init(address=address, **quiet)
+        context, how = ray.init(address, **quiet), "joined"
     except Exception as error:
         if address != "local" and not (address == "auto" and isinstance(error, ConnectionError)):
-            raise UserError(
-                f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; "
-                "RAY_ADDRESS=local starts one of its own"
-            ) from error
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        context = ray.init(address="local", include_dashboard=False, **quiet)
-        where = "started Ray at"
-    resources = ray.cluster_resources()
-    on_gpu = resources.get("GPU", 0) > 0
-    have, what = int(resources.get("GPU" if on_gpu else "CPU", 0)), "GPU" if on_gpu else "CPU"
-    if have < cfg.workers:
-        raise UserError(f"workers={cfg.workers} needs {cfg.workers} {what}s, and the Ray cluster has {have}")
-    print(f"{where} {context.address_info['gcs_address']}", flush=True)
-    return on_gpu
+            reason = str(error).splitlines()[0]
+            way_out = "RAY_ADDRESS=local starts one of its own"
+            raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}; {way_out}") from error
+        os.environ.update(RAY_ADDRESS="local", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        context, how = ray.init("local", include_dashboard=False, **quiet), "started"
+    print(f"{how} the Ray cluster at {context.address_info['gcs_address']}", flush=True)
+    return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def local_model(name, setting):
     """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
-    if "/" in name and not name.startswith(("/", ".")) and name.count("/") == 1 and not os.path.exists(name):
+    if not os.path.isdir(name) and name.count("/") == 1 and name[0] not in "./":
         from huggingface_hub import snapshot_download
 
         try:
-            return snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"])
+            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{setting}: {name!r} is no folder, and fetching it from the hub failed: {reason}"
+                f"{setting}={name!r} is no folder, and the hub did not give it: {reason}"
             ) from error
-    for file in ("config.json", "tokenizer_config.json" if setting == "model" else "config.json"):
-        if not os.path.isfile(os.path.join(name, file)):
-            raise UserError(
-                f"{setting}: {name!r} has no {file}; it must be a Hugging Face model folder or a hub name"
-            )
-    if not any(file.endswith(".safetensors") for file in os.listdir(name)):
-        raise UserError(f"{setting}: {name!r} holds no *.safetensors weights; pickled ones are not read")
+    files = os.listdir(name) if os.path.isdir(name) else []
+    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{setting}={name!r} must be a folder with config.json and *.safetensors, or a hub name"
+        )
     return name
 
 
-def new_run_dir(cfg):
-    """runs/NAME, made now, so that what cannot be written is known before anything is computed."""
-    run_dir = Path(cfg.out_dir) / cfg.name
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{run_dir} exists already; choose another --name, or move it away") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {run_dir}: {error.strerror}; choose another --out_dir"
-        ) from None
-    return run_dir
-
-
-def read_tasks(cfg, data, log):
-    """The questions as prompts; over-long ones are dropped, counted and reported."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    prompts = {}
-    for path, questions in data.items():
-        prompts[path], dropped = encode_prompts(
-            questions, tokenizer, cfg.prompt_template, cfg.max_prompt_tokens
-        )
-        if dropped:
-            log.say(
-                f"{path}: {dropped} of {len(questions)} questions are over max_prompt_tokens={cfg.max_prompt_tokens}"
-            )
-        if not prompts[path]:
-            raise UserError(
-                f"{path}: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}; raise it"
-            )
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        train=[prompt for path in cfg.train_data for prompt in prompts[path]],
-        eval={Path(path).stem: prompts[path] for path in cfg.eval_data},
-        hidden_size=AutoConfig.from_pretrained(cfg.model).hidden_size,
-    )
-
-
 def run(cfg):
-    """Everything between good settings and the exported networks; returns the exit code."""
+    """Everything between good settings and the exported networks. Returns the exit code."""
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
-    run_dir = new_run_dir(cfg)
-    (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=2))
-    from log import Log
-
-    log, workers = Log(run_dir, cfg), None
+    log = Log(cfg)
     try:
         tasks = read_tasks(cfg, data, log)
-        on_gpu = start_ray(cfg)
-        workers = Workers(cfg, log, str(run_dir / "logs"), on_gpu)
+        on_gpu = start_ray()
+        workers = Workers(cfg, log, on_gpu)
         for signum in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
             signal.signal(signum, workers.stop)
+        size = f"{workers.num_parameters:,} parameters"
         log.say(
-            f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers on {'GPU' if on_gpu else 'CPU'}"
+            f"{cfg.model}: {size}, {cfg.workers} workers on {'GPU' if on_gpu else 'CPU'}, run folder {log.dir}"
         )
-        log.say(describe(cfg))
+        log.say("\n".join(f"{name}: {value}" for name, value in derived(cfg).items()))
         try:
             train(cfg, workers, tasks, log)
-        except Stopped:
-            workers.export(run_dir, tasks.tokenizer)
-            raise
-        workers.export(run_dir, tasks.tokenizer)
-        log.say(
-            f"done: policy in {run_dir}/policy, critic in {run_dir}/critic, curves in {run_dir}/curves.png"
-        )
+        finally:
+            if sys.exc_info()[0] in (None, Stopped):
+                workers.export(tasks.tokenizer)
+        log.say(f"done: networks in {log.dir}/policy and critic, curves in {log.dir}/curves.png")
         return 0
     except Stopped as stopped:
-        print(
-            f"stopped by {stopped}; the networks of the last finished step are in {run_dir}", file=sys.stderr
+        log.say(
+            f"stopped by {stopped}: the networks of the last finished step are in {log.dir}/policy and critic"
         )
-        return 130 if stopped.args[0] == "SIGINT" else 143
+        return 128 + signal.Signals[str(stopped)]
+    except UserError:
+        raise
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
-        (run_dir / "logs").mkdir(exist_ok=True)
-        (run_dir / "logs/driver.log").write_text("".join(traceback.format_exception(error)))
-        raise (
-            cause if isinstance(cause, UserError) else RunError(f"{type(cause).__name__}: {cause}")
-        ) from None
+        (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+        log.say(
+            f"error: {type(cause).__name__}: {str(cause).splitlines()[0]} (all of it: {log.dir}/error.txt)"
+        )
+        return 1
     finally:
         log.close()
         if "ray" in sys.modules:
@@ -632,9 +547,9 @@ def main(argv):
             print(describe(cfg))
             return 0
         return run(cfg)
-    except (UserError, RunError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2
 
 
 if __name__ == "__main__":

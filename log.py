@@ -1,7 +1,7 @@
 """What a run writes and prints: metrics.jsonl, TensorBoard, curves.png, samples, progress bars, the step line.
 
-In:   one dict of metrics per step; None where a number does not exist.
-Out:  files in the run's folder; one line per step on the terminal.
+In:   the settings, one dict of metrics per step; None where a number does not exist.
+Out:  files in the run's folder runs/NAME, which is made here; one line per step on the terminal.
 """
 
 import contextlib
@@ -15,10 +15,18 @@ from configs.load import UserError
 
 
 class Log:
-    def __init__(self, run_dir, cfg):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.dir, self.wandb = Path(run_dir), None
+    def __init__(self, cfg):
+        """Makes the run's folder. Raises UserError where it exists or cannot be made."""
+        self.dir, self.wandb = Path(cfg.out_dir) / cfg.name, None
+        try:
+            (self.dir / "samples").mkdir(parents=True)
+            (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=2))
+        except FileExistsError:
+            raise UserError(f"{self.dir} exists already: choose another --name, or move it away") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.dir}: {error.strerror}; choose another --out_dir"
+            ) from None
         if cfg.wandb:
             try:
                 import wandb
@@ -26,8 +34,9 @@ class Log:
                 raise UserError(
                     "wandb=True, but wandb is not installed: pip install wandb, or leave it out"
                 ) from None
-            self.wandb = wandb.init(project="orz", name=cfg.name, dir=str(run_dir), config=vars(cfg))
-        (self.dir / "samples").mkdir(exist_ok=True)
+            self.wandb = wandb.init(project="orz", name=cfg.name, dir=str(self.dir), config=vars(cfg))
+        from torch.utils.tensorboard import SummaryWriter
+
         self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
 
@@ -36,6 +45,9 @@ class Log:
 
     def step(self, metrics):
         """One step into every log, and its line on the terminal."""
+        seconds = sum(value for name, value in metrics["seconds"].items() if name != "eval")
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds
         metrics = finite(metrics)
         self.metrics.write(json.dumps(metrics) + "\n")
         self.metrics.flush()
@@ -48,14 +60,28 @@ class Log:
             self.wandb.log(flat, step=metrics["step"])
         self.say(step_line(metrics))
 
-    def samples(self, step, rows):
-        with open(self.dir / "samples" / f"step_{step}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    def samples(self, name, prompts, samples):
+        """samples/NAME.jsonl: every response with its question, token ids and reward."""
+        with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for sample in samples:
+                question = prompts[sample.question].question
+                row = {
+                    "question": question.question,
+                    "answer": question.answer,
+                    "response": sample.text,
+                    "reward": sample.reward,
+                    "finish_reason": sample.finish_reason,
+                    "prompt_ids": sample.prompt_ids.tolist(),
+                    "response_ids": sample.response_ids.tolist(),
+                }
+                file.write(json.dumps(row) + "\n")
 
-    def show(self, row):
-        """One sample on the terminal."""
+    def show(self, prompts, sample):
+        """One response on the terminal."""
+        question = prompts[sample.question].question
+        self.say(f"  question: {question.question}\n  response: {sample.text[:2000]}")
         self.say(
-            f"  Q: {row['question']}\n  A: {row['response'][:2000]}\n  reward {row['reward']:.0f} (reference {row['answer']})"
+            f"  reward:   {sample.reward:.0f} (reference {question.answer}, finish reason {sample.finish_reason})"
         )
 
     @contextlib.contextmanager

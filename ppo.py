@@ -231,6 +231,7 @@ class Learner:
 
         self.kind, self.cfg, self.device, self.tick = kind, cfg, device, tick
         self.updates = 0  # applied so far
+        self.drift_max = 0.0  # the largest difference of log-probs that this rank saw
         self.updates_per_step = (
             cfg.policy_updates_per_step if kind == "policy" else cfg.critic_updates_per_step
         )
@@ -266,87 +267,72 @@ class Learner:
         return np.concatenate(results)
 
     def update(self, batch, plan):
-        """One optimizer update on the samples of `plan` (all ranks' packs); returns the update's metrics.
+        """One optimizer update on the samples of `plan` (all ranks' packs); returns {metric: [sum, count]} over all ranks.
 
         Raises FloatingPointError or DriftError before the update is applied, on all ranks alike.
         """
-        num_tokens = int(
-            sum(batch.response_lens[indices].sum() for packs in plan for indices in packs if indices)
-        )
-        losses = self.policy_losses if self.kind == "policy" else self.critic_losses
-        sums, largest = {}, {}
+        num_tokens = sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
+        terms = self.policy_terms if self.kind == "policy" else self.critic_terms
+        sums = {}
         for indices in plan[self.rank]:
-            loss, pack_sums, pack_largest = losses(batch, indices)
+            loss, vectors = terms(batch, indices)
             # ZeRO-3 divides every reduced gradient by the number of ranks; multiplying by it first leaves the sum.
-            self.engine.backward(loss * self.world_size / num_tokens)
-            for name, value in pack_sums.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-            for name, value in pack_largest.items():
-                largest[name] = torch.maximum(largest.get(name, value), value)
+            self.engine.backward(loss.sum() * self.world_size / num_tokens)
+            for name, vector in vectors.items():
+                total = vector.detach().double().sum()
+                sums[name] = sums.get(name, 0) + torch.stack([total, torch.full_like(total, len(vector))])
+            if "drift_mean" in vectors and len(loss):
+                self.drift_max = max(self.drift_max, float(vectors["drift_mean"].max()))
             self.tick()
-        metrics = {name: total / num_tokens for name, total in self.reduce(sums, "SUM").items()}
-        metrics |= self.reduce(largest, "MAX")
-        if not np.isfinite(list(metrics.values())).all():
-            raise FloatingPointError(f"the {self.kind} update is not finite and was not applied: {metrics}")
-        if (
-            metrics.get("drift_mean", 0.0) > self.drift_limit >= 0
-            and self.updates % self.updates_per_step == 0
-        ):
-            raise DriftError(
-                f"vLLM's and the policy's log-probs of the same tokens differ by {metrics['drift_mean']:.2g} on average, "
-                f"over the limit of {self.drift_limit:.2g}: stale weights in vLLM, another dtype, or another temperature"
-            )
+        totals = torch.stack(list(sums.values()))  # [M, 2]
+        torch.distributed.all_reduce(totals)
+        metrics = dict(zip(sums, totals.tolist()))
+        self.check(metrics)
         self.updates += 1
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
         self.engine.step()
-        return metrics | {
-            "grad_norm": float(self.engine.get_global_grad_norm()),
-            "lr": group["lr"],
-            "num_tokens": num_tokens,
-        }
+        metrics[f"grad_norm_{self.kind}"] = (float(self.engine.get_global_grad_norm()), 1)
+        metrics[f"lr_{self.kind}"] = (group["lr"], 1)
+        return metrics
 
-    def policy_losses(self, batch, indices):
-        """The policy's loss and its metrics, summed over one pack."""
+    def check(self, metrics):
+        """Refuse an update of numbers that went wrong, or of samples that another policy made."""
+        if not np.isfinite(list(metrics.values())).all():
+            raise FloatingPointError(f"the {self.kind} update is not finite and was not applied: {metrics}")
+        drift, count = metrics.get("drift_mean", (0.0, 1))
+        if drift / count > self.drift_limit >= 0:
+            raise DriftError(
+                f"vLLM and the policy give the same tokens log-probs {drift / count:.2g} apart on average, over the "
+                f"limit of {self.drift_limit:.2g}: stale weights in vLLM, another dtype, or another temperature"
+            )
+
+    def policy_terms(self, batch, indices):
+        """The loss per token of one pack, and vectors of which the step's metrics are the means."""
         strict = self.cfg.policy_updates_per_step == 1
         fields = ["advantages", "logprobs", "right"] + ([] if strict else ["old_logprobs"])
         pack = make_pack(batch, indices, self.device, fields)
         logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N]
-        # Strictly on-policy, the old log-probs are the new ones: no pass of their own.
+        # Strictly on-policy, the old log-probs are the new ones: no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if strict else pack["old_logprobs"]
-        drift = (
-            logprobs.detach() - pack["logprobs"]
-        ).abs()  # the sampler's log-probs against ours, same tokens
-        loss, ratio = policy_loss(logprobs, old_logprobs, pack["advantages"], self.cfg.clip_eps)
-        sums = {
-            "pg_loss": loss.sum(),
-            "entropy": entropy.sum(),
-            "entropy_right": (entropy * pack["right"]).sum(),
-            "right": pack["right"].sum(),
-            "drift_mean": drift.sum(),
-        }
+        advantages, right, eps = pack["advantages"], pack["right"] > 0, self.cfg.clip_eps
+        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, eps)
+        vectors = {"pg_loss": loss, "entropy": entropy}
+        vectors |= {"entropy_right": entropy[right], "entropy_wrong": entropy[~right]}
+        if self.updates % self.cfg.policy_updates_per_step == 0:  # vLLM sampled with just these weights
+            vectors["drift_mean"] = (logprobs - pack["logprobs"]).abs()
         if not strict:
-            eps, advantages = self.cfg.clip_eps, pack["advantages"]
-            sums["clipfrac_low"] = ((ratio < 1 - eps) & (advantages < 0)).sum()
-            sums["clipfrac_high"] = ((ratio > 1 + eps) & (advantages > 0)).sum()
-            sums["approx_kl"] = (ratio - 1 - ratio.log()).sum()  # k3, Schulman 2020
-        return loss.sum(), sums, {"drift_max": drift.max() if len(drift) else drift.new_zeros(())}
+            vectors["clipfrac_low"] = (ratio < 1 - eps) & (advantages < 0)
+            vectors["clipfrac_high"] = (ratio > 1 + eps) & (advantages > 0)
+            vectors["approx_kl"] = ratio - 1 - ratio.log()  # k3 (Schulman 2020)
+        return loss, vectors
 
-    def critic_losses(self, batch, indices):
-        """The critic's loss and its metrics, summed over one pack."""
+    def critic_terms(self, batch, indices):
+        """As policy_terms, for the critic."""
         pack = make_pack(batch, indices, self.device, ["values", "returns"])
         values = self.engine(pack)  # [N]
         loss = value_loss(values, pack["values"], pack["returns"], self.cfg.value_clip)
-        clipped = (values - pack["values"]).abs() > self.cfg.value_clip
-        return loss.sum(), {"v_loss": loss.sum(), "value_clipfrac": clipped.sum()}, {}
-
-    def reduce(self, scalars, op):
-        """The sum or maximum over ranks ("SUM", "MAX") of a dict of scalar tensors, as Python floats."""
-        if not scalars:
-            return {}
-        stacked = torch.stack(list(scalars.values()))
-        torch.distributed.all_reduce(stacked, getattr(torch.distributed.ReduceOp, op))
-        return dict(zip(scalars, stacked.tolist()))
+        return loss, {"v_loss": loss, "value_clipfrac": (values - pack["values"]).abs() > self.cfg.value_clip}
 
     def weights(self, bucket_bytes=2**30):
         """Yield (Hugging Face name, whole tensor) of every parameter, gathered a bucket at a time. All ranks together."""

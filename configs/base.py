@@ -6,7 +6,6 @@ A config file holds only what differs from this; `--key=value` on the command li
 # ---- What is trained, on what ------------------------------------------------------------------------------
 model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 base models)
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
-trust_remote_code = False  # never True by itself: code in a model folder would run with your rights
 prompt_template = (  # text with {question}; ORZ's, byte for byte (MIT, github.com/Open-Reasoner-Zero)
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
     "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "

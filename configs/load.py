@@ -115,87 +115,52 @@ def checked(key, value, defaults, place):
 
 def check_rules(cfg):
     """What no single type says: ranges, and what settings demand of each other."""
-
-    def need(condition, message):
-        if not condition:
-            raise UserError(message)
-
-    for key in (
-        "steps",
-        "workers",
-        "tensor_parallel",
-        "prompts_per_step",
-        "samples_per_prompt",
-        "max_prompt_tokens",
-        "max_response_tokens",
-        "max_tokens_per_pack",
-        "policy_updates_per_step",
-        "critic_updates_per_step",
-        "eval_samples",
-        "temperature",
-        "eval_temperature",
-        "max_grad_norm",
-        "clip_eps",
-        "value_clip",
-    ):
-        need(getattr(cfg, key) > 0, f"{key} must be over 0, not {getattr(cfg, key)}")
-    for key in (
-        "policy_lr",
-        "critic_lr",
-        "kl_coef",
-        "warmup_steps",
-        "grader_processes",
-        "phase_timeout",
-        "seed",
-    ):
-        need(getattr(cfg, key) >= 0, f"{key} must be at least 0, not {getattr(cfg, key)}")
-    for key in ("gamma", "lam", "top_p", "eval_top_p", "gpu_memory_utilization"):
-        need(
-            0 < getattr(cfg, key) <= 1 or (key in ("gamma", "lam") and getattr(cfg, key) == 0),
-            f"{key} must lie between 0 and 1, not {getattr(cfg, key)}",
-        )
-    for key in ("eval_every", "save_every"):
-        value = getattr(cfg, key)
-        need(value > 0 or value == -1, f"{key} must be a number of steps over 0, or -1 for off, not {value}")
-    need(cfg.model, "model is not set: a Hugging Face folder or hub name")
-    need(cfg.train_data, "train_data is not set: a list of files with questions")
-    need(
-        cfg.dtype in ("auto", "float32", "bfloat16"),
-        f"dtype must be auto, float32 or bfloat16, not {cfg.dtype!r}",
-    )
-    need(
-        len(cfg.adam_betas) == 2 and all(0 <= beta < 1 for beta in cfg.adam_betas),
-        f"adam_betas must be two numbers from 0 to under 1, not {cfg.adam_betas}",
-    )
-    need(
-        cfg.workers % cfg.tensor_parallel == 0,
-        f"workers={cfg.workers} must be a multiple of tensor_parallel={cfg.tensor_parallel}",
-    )
+    over_0 = "steps workers tensor_parallel prompts_per_step samples_per_prompt max_prompt_tokens max_response_tokens"
+    over_0 += " max_tokens_per_pack policy_updates_per_step critic_updates_per_step eval_samples temperature"
+    over_0 += " eval_temperature max_grad_norm clip_eps value_clip top_p eval_top_p gpu_memory_utilization"
+    not_negative = "policy_lr critic_lr kl_coef warmup_steps grader_processes phase_timeout seed gamma lam"
+    at_most_1 = "gamma lam top_p eval_top_p gpu_memory_utilization"
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    need(
-        longest <= cfg.max_tokens_per_pack,
-        f"max_tokens_per_pack={cfg.max_tokens_per_pack} cannot hold one sequence of max_prompt_tokens + "
-        f"max_response_tokens = {longest} tokens: raise it to {longest}",
-    )
     responses = cfg.prompts_per_step * cfg.samples_per_prompt
-    for key in ("policy_updates_per_step", "critic_updates_per_step"):
-        need(
-            getattr(cfg, key) <= responses,
-            f"{key}={getattr(cfg, key)} is more than the step's {responses} responses",
+    rules = [(getattr(cfg, key) > 0, f"{key} must be over 0") for key in over_0.split()]
+    rules += [(getattr(cfg, key) >= 0, f"{key} must not be negative") for key in not_negative.split()]
+    rules += [(getattr(cfg, key) <= 1, f"{key} must be at most 1") for key in at_most_1.split()]
+    for key in ("eval_every", "save_every"):
+        rules.append(
+            (getattr(cfg, key) > 0 or getattr(cfg, key) == -1, f"{key} must be over 0, or -1 for off")
         )
-    need(
-        cfg.prompt_template == "chat" or cfg.prompt_template.count("{question}") == 1,
-        'prompt_template must contain {question} exactly once, or be "chat"',
-    )
-    need(all(cfg.stop), "stop must not contain an empty string: it would end every response at once")
-    need(
-        cfg.top_p == 1 or cfg.drift_limit < 0,
-        f"top_p={cfg.top_p} makes vLLM and the learner disagree by design; set drift_limit=-1 with it",
-    )
-    need(
-        Path(cfg.name).name == cfg.name and cfg.name not in (".", ".."),
-        f"name must be a plain folder name, not {cfg.name!r}",
-    )
+    for key in ("model", "train_data"):
+        rules.append((getattr(cfg, key), f"{key} is not set, and has no default"))
+    for key in ("policy_updates_per_step", "critic_updates_per_step"):
+        rules.append((getattr(cfg, key) <= responses, f"{key} is more than the step's {responses} responses"))
+    rules += [
+        (cfg.dtype in ("auto", "float32", "bfloat16"), "dtype must be auto, float32 or bfloat16"),
+        (len(cfg.adam_betas) == 2, "adam_betas must be two numbers"),
+        (all(0 <= beta < 1 for beta in cfg.adam_betas), "adam_betas must lie between 0 and 1"),
+        (
+            cfg.workers % max(1, cfg.tensor_parallel) == 0,
+            f"workers={cfg.workers} must be a multiple of tensor_parallel={cfg.tensor_parallel}",
+        ),
+        (
+            longest <= cfg.max_tokens_per_pack,
+            f"max_tokens_per_pack={cfg.max_tokens_per_pack} must hold the longest sequence: raise it to "
+            f"max_prompt_tokens + max_response_tokens = {longest}",
+        ),
+        (
+            cfg.prompt_template == "chat" or cfg.prompt_template.count("{question}") == 1,
+            'prompt_template must contain {question} exactly once, or be "chat"',
+        ),
+        (all(cfg.stop), "stop must not hold an empty string: it would end every response at once"),
+        (
+            cfg.top_p == 1 or cfg.drift_limit < 0,
+            "top_p below 1 needs drift_limit=-1: vLLM and learner then differ",
+        ),
+        (Path(cfg.name).name == cfg.name, f"name must be a plain folder name, not {cfg.name!r}"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            key = message.split()[0]
+            raise UserError(f"{message} (it is {getattr(cfg, key)!r})" if hasattr(cfg, key) else message)
 
 
 def existing(path):
@@ -203,19 +168,22 @@ def existing(path):
     return str(ROOT / path) if path and not os.path.exists(path) and os.path.exists(ROOT / path) else path
 
 
+def derived(cfg):
+    """The numbers that follow from the settings."""
+    responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
+    return {
+        "responses per step": f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
+        "response tokens per step": f"at most {responses * cfg.max_response_tokens:,}",
+        "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
+        "responses per critic update": f"{responses // cfg.critic_updates_per_step:,}",
+        "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
+    }
+
+
 def describe(cfg):
-    """The settings, and the numbers that follow from them."""
-    responses = cfg.prompts_per_step * cfg.samples_per_prompt
-    lines = [f"{key} = {value!r}" for key, value in sorted(vars(cfg).items())]
-    lines += [
-        "",
-        f"responses per step: {cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
-        f"vLLM engines: {cfg.workers} workers / {cfg.tensor_parallel} each = {cfg.workers // cfg.tensor_parallel}",
-        f"response tokens per step: at most {responses * cfg.max_response_tokens:,}",
-        f"samples per update: policy {responses // cfg.policy_updates_per_step:,}, "
-        f"critic {responses // cfg.critic_updates_per_step:,}",
-    ]
-    return "\n".join(lines)
+    """Every setting as it stands, and the numbers that follow."""
+    settings = [f"{key} = {value!r}" for key, value in vars(cfg).items()]
+    return "\n".join(settings + [""] + [f"{name}: {value}" for name, value in derived(cfg).items()])
 
 
 def help_text(defaults):

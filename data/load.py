@@ -8,6 +8,8 @@
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -78,19 +80,43 @@ def read_item(item, place):
     return Question(question, answer, choices)
 
 
-def encode_prompts(questions, tokenizer, template, max_prompt_tokens):
-    """Prompts as token ids, and how many were dropped for being over max_prompt_tokens."""
-    prompts = []
-    for question in questions:
-        if template == "chat":
-            messages = [{"role": "user", "content": question.question}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        else:
-            # replace, not format: questions are full of braces
-            ids = tokenizer(template.replace("{question}", question.question))["input_ids"]
-        if len(ids) <= max_prompt_tokens:
-            prompts.append(Prompt(np.array(ids, np.int32), question))
-    return prompts, len(questions) - len(prompts)
+def read_tasks(cfg, data, log):
+    """The questions of all files as prompts; over-long ones are dropped, counted and reported.
+
+    data: path → Questions. Returns a namespace with train (Prompts), eval (set name → Prompts), tokenizer, hidden_size.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    kept = {}
+    for path, questions in data.items():
+        prompts = [
+            Prompt(encode(question, tokenizer, cfg.prompt_template), question) for question in questions
+        ]
+        kept[path] = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
+        dropped = f"{len(questions) - len(kept[path])} of {len(questions)} prompts are over"
+        if not kept[path]:
+            raise UserError(f"{path}: {dropped} max_prompt_tokens={cfg.max_prompt_tokens}; raise it")
+        if len(kept[path]) < len(questions):
+            log.say(f"{path}: {dropped} max_prompt_tokens={cfg.max_prompt_tokens} and are left out")
+    return SimpleNamespace(
+        train=[prompt for path in cfg.train_data for prompt in kept[path]],
+        eval={Path(path).stem: kept[path] for path in cfg.eval_data},
+        tokenizer=tokenizer,
+        hidden_size=config.hidden_size,
+    )
+
+
+def encode(question, tokenizer, template):
+    """The prompt's token ids, int32, after the tokenizer's begin token where it has one."""
+    if template == "chat":
+        messages = [{"role": "user", "content": question.question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        # replace, not format: questions are full of braces
+        ids = tokenizer(template.replace("{question}", question.question))["input_ids"]
+    return np.array(ids, np.int32)
 
 
 def step_questions(num_questions, prompts_per_step, seed, step):
