@@ -91,6 +91,8 @@ def train(cfg, workers, tasks, log):
         log.samples(f"step_{step}", prompts, samples)
         if "eval" in metrics:
             log.curves()
+        if cfg.save_every > 0 and step % cfg.save_every == 0:
+            workers.export(tasks.tokenizer)
         if workers.stop_signal:
             raise Stopped(workers.stop_signal)
 

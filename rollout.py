@@ -28,6 +28,7 @@ class Rollout:
         from vllm import LLM
 
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
+        self.readable = self.on_gpu and cfg.tensor_parallel == 1
         rng = torch.get_rng_state()  # building an engine reseeds its host's generators
         self.llm = LLM(
             path,
@@ -89,14 +90,14 @@ class Rollout:
     def load_weights(self, weights):
         """Replace all weights by `weights`, an iterator of (Hugging Face name, whole tensor).
 
-        Raises SyncError unless every tensor was taken and every parameter written.
+        Raises SyncError unless every tensor was taken, every parameter written and, where they can be read back
+        as they were sent (one GPU an engine; CPU kernels repack them), their checksums agree.
         """
-        written, num_sent = set(), 0
+        written, sent = set(), []
 
         def counted():
-            nonlocal num_sent
             for name, tensor in weights:
-                num_sent += 1
+                sent.append(checksum(tensor) if self.readable else name)
                 yield name, tensor
 
         def load(iterator):
@@ -113,8 +114,14 @@ class Rollout:
             repack_tied_head(self.model)
         self.llm.reset_prefix_cache()
         missing = {name for name, _ in self.model.named_parameters()} - written
-        if missing or not num_sent:
-            raise SyncError(f"the weight sync sent {num_sent} tensors and left unwritten: {sorted(missing)}")
+        if missing or not sent:
+            raise SyncError(f"the weight sync sent {len(sent)} tensors and left unwritten: {sorted(missing)}")
+        if self.readable:
+            held = sum(checksum(parameter) for parameter in self.model.parameters())
+            if not torch.allclose(sum(sent), held, rtol=1e-9, atol=1e-5):
+                raise SyncError(
+                    f"vLLM holds other weights than were sent: {held.tolist()} for {sum(sent).tolist()}"
+                )
 
     def sleep(self):
         if self.on_gpu:
@@ -127,6 +134,13 @@ class Rollout:
     def wake_cache(self):
         if self.on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
+
+
+def checksum(tensor):
+    """Sum and sum of squares in fp64, without an fp64 copy."""
+    return torch.stack(
+        [tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2]
+    )
 
 
 def repack_tied_head(vllm_model):
