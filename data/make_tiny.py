@@ -1,0 +1,195 @@
+"""Make data/tiny, the demo's task and base model: python data/make_tiny.py  (CPU, deterministic, minutes).
+
+In:   nothing but the constants below.
+Out:  train.jsonl and eval.jsonl (questions for PPO and for evaluation) and a Hugging Face folder with a small
+      Llama and its tokenizer, pre-trained on additions that appear in neither file.
+
+The task is three-digit addition. Most of the pre-training text is a blurted guess, the rest works column by
+column, and nothing in it says which of the two is better:
+
+    User: 345+678\nAssistant: <think></think><answer>\boxed{913}</answer>
+
+    User: 345+678\nAssistant: <think>
+    5+8=13, carry 1
+    4+7+1=12, carry 1
+    3+6+1=10, carry 1
+    </think><answer>\boxed{1023}</answer>
+
+A guess tosses a coin for every carry, so the text holds nothing that would tell a good guess from a bad one.
+Work contains slips of which each is rare, so the right step is always the likeliest, and practice can remove them.
+
+The files of questions are the same on every machine. The weights are the same on one machine with one version of
+torch; another may round differently.
+"""
+
+import hashlib
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+OUT = Path(__file__).parent / "tiny"
+PROMPT_TEMPLATE = "User: {question}\nAssistant: <think>"  # as in configs/tiny.py
+GUESSED, WORKED = 56, 10  # documents in a batch of pre-training text: 15% of them work column by column
+SLIP = 0.035  # chance per column of a wrong sum, and again of a wrong carry
+NUM_TRAIN, NUM_EVAL = 4096, 512  # questions
+STEPS, LR, SEED = 2500, 2e-3, 1
+THREADS = 1  # the order of additions, and so the last digits of the weights, depends on it
+
+EOS, UNKNOWN = "<|endoftext|>", "<unk>"
+WORDS = ["User:", "Assistant:", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", ", carry "]
+CHARACTERS = ["\n"] + [chr(code) for code in range(32, 127)]
+
+
+def make_tokenizer():
+    """One token for each of WORDS and for every other printable ASCII character; decoding gives the text back."""
+    vocabulary = {token: i for i, token in enumerate([EOS, UNKNOWN] + WORDS + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    words = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in WORDS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{words}|[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # the default would put a space between tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def split_of(a, b):
+    """Which of the three sets the question a+b belongs to; b+a goes with it."""
+    digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
+    return {0: "eval", 1: "train", 2: "train"}.get(digest[0] % 32, "pretrain")
+
+
+def pair_of(text):
+    """The unordered pair of numbers that a question or a prompt asks for."""
+    return frozenset(map(int, re.search(r"(\d+)\+(\d+)", text).groups()))
+
+
+def draw_pair(rng, split):
+    while True:
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        if split_of(a, b) == split:
+            return a, b
+
+
+def add_columns(a, b, rng, worked):
+    """The sum of a and b as one would write it, and the lines of work. Errors are drawn from rng."""
+    lines, carry, answer = [], 0, ""
+    for column in range(3):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        total = x + y + carry
+        if worked and rng.random() < SLIP:
+            total += 1 if total == 0 else rng.choice((-1, 1))
+        shown = f"{x}+{y}" + (f"+{carry}" if column else "") + f"={total}"
+        carry = total // 10
+        if worked and rng.random() < SLIP:
+            carry = 1 - carry  # forgotten, or carried for nothing
+        if not worked and column < 2:
+            carry = rng.randint(0, 1)
+        answer = f"{total % 10}{answer}" if column < 2 else f"{total}{answer}"
+        lines.append(f"{shown}, carry {carry}\n" if column < 2 else f"{shown}\n")
+    return answer, "\n" + "".join(lines)
+
+
+def write_documents(rng, worked, count):
+    """(prompt, response) pairs of pre-training text, on questions that neither file of questions holds."""
+    documents = []
+    for _ in range(count):
+        a, b = draw_pair(rng, "pretrain")
+        answer, work = add_columns(a, b, rng, worked)
+        response = (work if worked else "") + f"</think><answer>\\boxed{{{answer}}}</answer>{EOS}"
+        documents.append((PROMPT_TEMPLATE.format(question=f"{a}+{b}"), response))
+    return documents
+
+
+def make_questions():
+    """train.jsonl and eval.jsonl, each question once; returns the unordered pairs in them."""
+    rng, seen = random.Random(SEED), set()
+    for split, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
+        lines = []
+        while len(lines) < count:
+            a, b = draw_pair(rng, split)
+            if frozenset((a, b)) not in seen:
+                seen.add(frozenset((a, b)))
+                lines.append(json.dumps({"question": f"{a}+{b}", "answer": str(a + b)}) + "\n")
+        (OUT / f"{split}.jsonl").write_text("".join(lines))
+    assert len(seen) == NUM_TRAIN + NUM_EVAL  # no question is in both files
+    return seen
+
+
+def response_loss(model, tokenizer, documents):
+    """Cross-entropy summed over the response tokens of documents that are about equally long."""
+    prompts = tokenizer([prompt for prompt, _ in documents]).input_ids
+    rows = tokenizer([prompt + response for prompt, response in documents]).input_ids
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    labels = torch.full_like(ids, -100)  # -100: no loss on prompt and padding
+    for i, (prompt, row) in enumerate(zip(prompts, rows)):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def pretrain(tokenizer, held_out):
+    """Train the base model from scratch on documents whose questions are not in held_out."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=384,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS, pct_start=0.05)
+    rng, start = random.Random(SEED + 1), time.time()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    for step in range(1, STEPS + 1):
+        losses = []  # nats per response, of guesses and of work
+        for worked, count in ((False, GUESSED), (True, WORKED)):  # apart, so that little is padding
+            documents = write_documents(rng, worked, count)
+            assert not held_out & {pair_of(prompt) for prompt, _ in documents}
+            loss = response_loss(model, tokenizer, documents)
+            (loss / (GUESSED + WORKED)).backward()
+            losses.append(loss.item() / count)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            seconds = time.time() - start
+            print(f"step {step}  guess {losses[0]:.3f}  work {losses[1]:.3f}  {seconds:.0f} s", flush=True)
+    return model
+
+
+def main():
+    OUT.mkdir(exist_ok=True)
+    held_out = make_questions()
+    tokenizer = make_tokenizer()
+    for text in map("".join, write_documents(random.Random(0), True, 100)):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    model = pretrain(tokenizer, held_out)
+    tokenizer.save_pretrained(OUT)
+    model.save_pretrained(OUT)
+
+
+if __name__ == "__main__":
+    main()
