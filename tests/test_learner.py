@@ -1,0 +1,341 @@
+"""The Learner on one and two ZeRO-3 ranks against plain torch: the same gradients, the same updates.
+
+All that needs DeepSpeed runs in two starts, `learner_checks` on 1 and on 2 ranks; the tests look at what came back.
+"""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import ranks
+import tiny_models
+import torch
+
+import model
+import ppo
+
+RESPONSE_LENS = [9, 4, 12, 1, 7, 0, 5, 11, 6, 3, 8, 10, 2, 7, 5, 9, 4, 6, 8, 3, 11, 5, 2, 7]
+CLIP, NO_CLIP = 0.05, 1e9  # max_grad_norm, below and above every gradient norm here
+SPLITS = (1, 2, 4, 8)
+
+
+def make_batch(path):
+    """24 samples whose values, returns and advantages reach both sides of the value clip."""
+    rng = np.random.default_rng(0)
+    plain, samples = tiny_models.plain_policy(path), []
+    for i, response_len in enumerate(RESPONSE_LENS):
+        ids = rng.integers(0, tiny_models.VOCABULARY, 3 + i % 5 + response_len).astype(np.int32)
+        prompt, response = np.split(ids, [len(ids) - response_len])
+        with torch.no_grad():
+            logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
+        samples.append(ppo.Sample(i, prompt, response, logprobs, "", "stop", float(i % 3 == 0)))
+    batch = ppo.Batch(samples)
+    n = len(batch.logprobs)
+    batch.values = rng.normal(0, 0.3, n).astype(np.float32)
+    batch.returns = np.repeat(batch.rewards, batch.response_lens)
+    batch.advantages = ppo.normalise(batch.returns - batch.values)
+    batch.old_logprobs = batch.logprobs
+    return samples, batch
+
+
+def even_plan(indices, num_packs, world_size):
+    """`indices` cut into `num_packs` packs, dealt to the ranks; a rank short of one gets an empty pack."""
+    packs = [part.tolist() for part in np.array_split(np.asarray(indices), num_packs)]
+    packs += [[]] * (-num_packs % world_size)
+    return [packs[rank::world_size] for rank in range(world_size)]
+
+
+def mini_batches(world_size):
+    """Twelve critic updates, each on a twelfth of the samples, as the training loop makes them."""
+    parts = np.array_split(np.random.default_rng(7).permutation(len(RESPONSE_LENS)), 12)
+    return [even_plan(part, 2, world_size) for part in parts]
+
+
+# ---- In the ranks -----------------------------------------------------------------------------------------------
+
+
+def learner_checks(path, batch):
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    everything, results = range(len(RESPONSE_LENS)), {}
+
+    def learner(kind, **overrides):
+        cpu = torch.device("cpu")
+        return ppo.Learner(kind, ranks.settings(**overrides), path, cpu, torch.float32)
+
+    def weights(learner):
+        return {name: tensor.clone() for name, tensor in learner.weights()}
+
+    def updated(kind, plans, between=lambda learner: None, **overrides):
+        """The change of every weight, and the metrics of every update."""
+        trained = learner(kind, **overrides)
+        before, metrics = weights(trained), []
+        for plan in plans:
+            metrics.append(means(trained.update(batch, plan)))
+            between(trained)
+        return {name: tensor - before[name] for name, tensor in weights(trained).items()}, metrics
+
+    for kind in ("policy", "critic"):
+        still = learner(
+            kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP}
+        )  # gradients of the same weights
+
+        def gradient(plan):
+            from deepspeed.utils import safe_get_full_grad
+
+            step, grads = still.engine.step, {}
+
+            def record():
+                for name, parameter in still.network.named_parameters():
+                    grads[name.removeprefix("hf.")] = safe_get_full_grad(parameter).clone()
+                step()
+
+            with mock.patch.object(still.engine, "step", record):
+                norm = means(still.update(batch, plan))[f"grad_norm_{kind}"]
+            return grads, norm
+
+        for num_packs in SPLITS:
+            results[kind, "gradient", num_packs] = gradient(even_plan(everything, num_packs, world_size))
+        shuffled = np.random.default_rng(1).permutation(len(everything))
+        results[kind, "gradient", "shuffled"] = gradient(even_plan(shuffled, 4, world_size))
+        plan = even_plan(everything, 4, world_size)
+        results[kind, "gradient", "empty packs"] = gradient([[[], *packs, []] for packs in plan])
+
+    whole = [even_plan(everything, 4, world_size)]
+    for clip in (CLIP, NO_CLIP):
+        results["policy", clip] = updated("policy", whole, max_grad_norm=clip)
+        results["critic", clip] = updated("critic", mini_batches(world_size), max_grad_norm=clip)
+    results["critic skipped"] = updated("critic", mini_batches(world_size)[:-1])
+
+    def halved(self, *arguments):
+        loss, *rest = whole_terms(self, *arguments)
+        return loss * (0.5 if rank == world_size - 1 else 1), *rest
+
+    for kind, plans in (("policy", whole), ("critic", mini_batches(world_size))):
+        whole_terms = getattr(ppo.Learner, f"{kind}_terms")
+        with mock.patch.object(ppo.Learner, f"{kind}_terms", halved):
+            results[f"{kind} halved"] = updated(kind, plans, max_grad_norm=CLIP)
+
+    results["warm-up"] = updated("policy", whole * 6, warmup_steps=4, drift_limit=-1.0)
+    results["first of warm-up"] = updated("policy", whole, warmup_steps=4)
+    results["moved"] = updated("critic", mini_batches(world_size), move_away_and_back, max_grad_norm=CLIP)
+
+    # Two policy updates: the second one's ratio is no longer 1.
+    twice = learner("policy", policy_updates_per_step=2)
+    first = means(twice.update(batch, whole[0]))
+    ratio = np.exp(in_batch_order(batch, whole[0], twice.forward(batch, whole[0])) - batch.old_logprobs)
+    results["two policy updates"] = first, means(twice.update(batch, whole[0])), ratio
+
+    # Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update.
+    for name, field, error in (
+        ("not finite", "advantages", FloatingPointError),
+        ("drift", "logprobs", ppo.DriftError),
+    ):
+        spoilt = learner("policy")
+        before, good = weights(spoilt), getattr(batch, field)
+        bad = good.copy()
+        bad[batch.response(0)] = np.nan if name == "not finite" else good[batch.response(0)] - 1
+        with mock.patch.object(batch, field, bad), pytest.raises(error) as caught:
+            spoilt.update(batch, whole[0])
+        unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
+        results[name] = str(caught.value), unchanged
+    return results
+
+
+def means(metrics):
+    """What Learner.update returns, a sum and a count over all ranks for each metric, as means."""
+    return {name: total / count for name, (total, count) in metrics.items()}
+
+
+def in_batch_order(batch, plan, local):
+    """What every rank's Learner.forward returned, as one array over the batch's response tokens."""
+    gathered = [None] * len(plan)
+    torch.distributed.all_gather_object(gathered, local)
+    indices = [i for packs in plan for pack in packs for i in pack]
+    places = np.concatenate([np.arange(len(batch.logprobs))[batch.response(i)] for i in indices])
+    result = np.empty(len(places), np.float32)
+    result[places] = np.concatenate(gathered)
+    return result
+
+
+def move_away_and_back(learner):
+    """As between CPU and GPU: a move makes a copy, and what still points to the old memory reads rubbish."""
+
+    def copying_to(tensor, device):
+        copy = tensor.clone()
+        tensor.fill_(float("nan"))
+        return copy
+
+    with mock.patch.object(torch.Tensor, "to", copying_to):
+        learner.move_optimizer("cpu")
+        learner.move_optimizer(learner.device)
+
+
+# ---- Plain torch ------------------------------------------------------------------------------------------------
+
+
+def plain_updates(kind, path, samples, batch, plans, max_grad_norm, lr=1e-3):
+    """AdamW on a plain transformers model, one sample at a time: changes of the weights and gradient norms."""
+    if kind == "policy":
+        network = tiny_models.plain_policy(path)
+    else:
+        head = model.load_critic(path, torch.float32, seed=1).value_head.weight.data
+        network = tiny_models.PlainCritic(path, head)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    norms, gradients = [], {}
+    for plan in plans:
+        indices = [i for packs in plan for pack in packs for i in pack]
+        num_tokens = sum(len(samples[i].response_ids) for i in indices)
+        loss = 0.0
+        for i in indices:
+            place, sample = batch.response(i), samples[i]
+            if kind == "policy":
+                logprobs = tiny_models.plain_logprobs(network, sample.prompt_ids, sample.response_ids)[0]
+                ratio = (logprobs - logprobs.detach()).exp()
+                loss = loss - (ratio * torch.from_numpy(batch.advantages[place])).sum()
+            else:
+                values = network(sample.prompt_ids, sample.response_ids)
+                old, target = torch.from_numpy(batch.values[place]), torch.from_numpy(batch.returns[place])
+                clipped = old + (values - old).clamp(-0.2, 0.2)
+                loss = loss + torch.max((values - target) ** 2, (clipped - target) ** 2).sum() / 2
+        optimizer.zero_grad()
+        (loss / num_tokens).backward()
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)))
+        optimizer.step()
+    return {name: p.detach() - before[name] for name, p in network.named_parameters()}, norms, gradients
+
+
+def differences(first, second):
+    """‖Δ₁ − Δ₂‖ / ‖Δ‖ over all weights, and the largest of a single tensor."""
+    assert first.keys() == second.keys()
+    apart = {name: (first[name] - second[name]).norm().item() for name in first}
+    size = {name: second[name].norm().item() for name in first}
+    overall = np.linalg.norm(list(apart.values())) / np.linalg.norm(list(size.values()))
+    return overall, max(apart[name] / size[name] for name in first)
+
+
+def same_update(first, second):
+    overall, worst = differences(first, second)
+    return overall <= 1e-4 and worst <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_models.make_model(tmp_path_factory.mktemp("model"), tie=True)
+
+
+@pytest.fixture(scope="module")
+def data(path):
+    return make_batch(path)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def checks(request, path, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return ranks.run_ranks("test_learner", "learner_checks", request.param, folder, path=path, batch=data[1])
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_gradient_does_not_depend_on_packs(checks, kind, path, data):
+    """Means of means: with them a gradient depends on how many packs there are, how full they are, and on how many
+    ranks. One batch in 1, 2, 4 or 8 packs, in any order, is the plain gradient over unpacked samples."""
+    plan = even_plan(range(len(RESPONSE_LENS)), 1, 1)
+    _, norms, plain = plain_updates(kind, path, *data, [plan], NO_CLIP)
+    for variant in (*SPLITS, "shuffled", "empty packs"):
+        gradient, norm = checks[0][kind, "gradient", variant]
+        overall, worst = differences(gradient, plain)
+        assert overall <= 1e-5, (variant, overall)
+        assert worst <= 1e-3, (variant, worst)
+        assert norm == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_empty_pack_adds_exactly_nothing(checks, kind):
+    """Ranks with fewer samples run empty packs: not a bit of the gradient may come from them."""
+    without, _ = checks[0][kind, "gradient", 4]
+    with_empty, _ = checks[0][kind, "gradient", "empty packs"]
+    assert all(torch.equal(without[name], with_empty[name]) for name in without)
+
+
+@pytest.mark.parametrize("clip", [CLIP, NO_CLIP], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_updates_equal_plain_adamw(checks, kind, clip, path, data):
+    """A gradient that is scaled, clipped or averaged wrongly over ranks: training still seems to work."""
+    plans = mini_batches(1) if kind == "critic" else [even_plan(range(len(RESPONSE_LENS)), 1, 1)]
+    plain, norms, _ = plain_updates(kind, path, *data, plans, clip)
+    changes, metrics = checks[0][kind, clip]
+    assert (min(norms) > clip) if clip == CLIP else (max(norms) < clip)
+    assert same_update(changes, plain), differences(changes, plain)
+    assert [m[f"grad_norm_{kind}"] for m in metrics] == pytest.approx(norms, rel=1e-4)
+    for rank in checks[1:]:
+        assert rank[kind, clip][1] == metrics
+        assert all(torch.equal(rank[kind, clip][0][name], changes[name]) for name in changes)
+
+
+def test_the_check_can_fail(checks, path, data):
+    """A tolerance so wide that it passes whatever is compared."""
+    plain_policy, *_ = plain_updates("policy", path, *data, [even_plan(range(24), 1, 1)], CLIP)
+    plain_critic, *_ = plain_updates("critic", path, *data, mini_batches(1), CLIP)
+    assert same_update(plain_critic, plain_critic)
+    assert not same_update(checks[0]["critic skipped"][0], plain_critic)
+    if (
+        len(checks) > 1
+    ):  # on one rank alone a halved gradient is another learning rate to clipping and AdamW: nothing
+        assert not same_update(checks[0]["policy halved"][0], plain_policy)
+        assert not same_update(checks[0]["critic halved"][0], plain_critic)
+
+
+def test_metrics_are_means_over_the_whole_update(checks, path, data):
+    """The last pack's loss, or rank 0's, reported as the step's."""
+    samples, batch = data
+    plain = tiny_models.plain_policy(path)
+    with torch.no_grad():
+        pairs = [tiny_models.plain_logprobs(plain, s.prompt_ids, s.response_ids) for s in samples]
+    entropy = torch.cat([entropy for _, entropy in pairs]).numpy()
+    metrics, right = checks[0]["policy", NO_CLIP][1][0], batch.right > 0
+    assert metrics["entropy"] == pytest.approx(entropy.mean(), rel=1e-5)
+    assert metrics["entropy_right"] == pytest.approx(entropy[right].mean(), rel=1e-5)
+    assert metrics["entropy_wrong"] == pytest.approx(entropy[~right].mean(), rel=1e-5)
+    assert metrics["pg_loss"] == pytest.approx(-batch.advantages.mean(), abs=1e-6)
+    assert 0 < metrics["drift_mean"] < 1e-5
+    constant = {"clipfrac_low", "clipfrac_high", "approx_kl"}  # on-policy, and so not reported
+    assert not constant & metrics.keys()
+
+
+def test_warm_up(checks):
+    """A first update at rate 0, a warm-up counted in steps instead of updates, a rate logged that did not train."""
+    rates = [metrics["lr_policy"] for metrics in checks[0]["warm-up"][1]]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    first, full = checks[0]["first of warm-up"][0], checks[0]["policy", NO_CLIP][0]
+    # AdamW's first step is the rate times a direction that does not depend on it.
+    assert differences({name: 4 * change for name, change in first.items()}, full)[0] < 1e-3
+
+
+def test_moving_the_optimizer_changes_nothing(checks):
+    """Moments that stay behind, or fp32 weights of which DeepSpeed keeps another view."""
+    moved, still = checks[0]["moved"], checks[0]["critic", CLIP]
+    assert moved[1] == still[1]
+    assert all(torch.equal(moved[0][name], still[0][name]) for name in still[0])
+
+
+def test_two_policy_updates_report_their_clipping(checks, data):
+    """Clip shares of a policy that has moved, measured against the log-probs before the step."""
+    _, batch = data
+    first, second, ratio = checks[0]["two policy updates"]
+    assert first["clipfrac_low"] == first["clipfrac_high"] == 0 and abs(first["approx_kl"]) < 1e-6
+    low = (ratio < 0.8) & (batch.advantages < 0)
+    high = (ratio > 1.2) & (batch.advantages > 0)
+    assert low.any() and high.any()
+    assert second["clipfrac_low"] == pytest.approx(low.mean(), abs=1e-6)
+    assert second["clipfrac_high"] == pytest.approx(high.mean(), abs=1e-6)
+    assert second["approx_kl"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
+
+
+def test_bad_numbers_stop_every_rank_before_the_update(checks):
+    """NaN on one rank: the others would go on and wait for ever, or all weights become NaN."""
+    for rank in checks:
+        message, unchanged = rank["not finite"]
+        assert "not finite" in message and unchanged
+        message, unchanged = rank["drift"]
+        assert "stale weights" in message and unchanged

@@ -1,0 +1,188 @@
+"""The packed networks of model.py against transformers' own forward, one sequence at a time."""
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import model
+import ppo
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.KINDS))
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    return tiny_models.make_model(path, **tiny_models.KINDS[request.param])
+
+
+def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12))):
+    """Samples of (prompt, response) tokens; some longer than the sliding window."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i, (prompt, response) in enumerate(lengths):
+        ids = rng.integers(0, tiny_models.VOCABULARY, prompt + response).astype(np.int32)
+        logprobs = np.zeros(response, np.float32)
+        samples.append(ppo.Sample(i, ids[:prompt], ids[prompt:], logprobs, "", "stop"))
+    return samples, ppo.Batch(samples)
+
+
+def gradients(network):
+    """By the names of the Hugging Face folder; a parameter that took no part has a gradient of 0."""
+    return {
+        name.removeprefix("hf."): torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in network.named_parameters()
+    }
+
+
+def assert_same_gradients(first, second):
+    assert first.keys() == second.keys()
+    whole = torch.cat([g.flatten() for g in second.values()]).norm()
+    assert whole > 0.1
+    for name in first:
+        assert (first[name] - second[name]).norm() <= 1e-5 * whole, name
+        assert (first[name] - second[name]).norm() <= 1e-3 * second[name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkpointing, monkeypatch):
+    """Sequences of a pack that see each other, positions that run on, a tied head whose gradient is lost in one of
+    its two places, a temperature that the gradient forgets."""
+    monkeypatch.setattr(model, "MAX_LOGITS", 5 * tiny_models.VOCABULARY)  # several chunks
+    samples, batch = random_batch()
+    order = [3, 1, 4, 0, 2]
+    weights = torch.randn(len(batch.logprobs), generator=torch.Generator().manual_seed(1))
+    policy = model.load_policy(folder, torch.float32, checkpointing)
+    logprobs, entropy = policy(ppo.make_pack(batch, order, "cpu"), temperature)
+    places = np.concatenate([np.arange(len(weights))[batch.response(i)] for i in order])
+    (logprobs * weights[places]).sum().backward()
+
+    plain = tiny_models.plain_policy(folder)
+    pairs = [
+        tiny_models.plain_logprobs(plain, samples[i].prompt_ids, samples[i].response_ids, temperature)
+        for i in order
+    ]
+    plain_logprobs, plain_entropy = (torch.cat(column) for column in zip(*pairs))
+    (plain_logprobs * weights[places]).sum().backward()
+    torch.testing.assert_close(logprobs, plain_logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, plain_entropy.detach(), atol=2e-5, rtol=1e-5)
+    assert_same_gradients(gradients(policy), gradients(plain))
+
+
+def test_packed_critic_equals_one_sequence_at_a_time(folder):
+    """A value read one token late, which is the value after the action that it should judge."""
+    samples, batch = random_batch()
+    critic = model.load_critic(folder, torch.float32, seed=3)
+    order = [2, 0, 3, 4, 1]
+    values = critic(ppo.make_pack(batch, order, "cpu"))
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
+    (values * weights).sum().backward()
+
+    plain = tiny_models.PlainCritic(folder, critic.value_head.weight.data)
+    plain_values = torch.cat([plain(samples[i].prompt_ids, samples[i].response_ids) for i in order])
+    (plain_values * weights).sum().backward()
+    torch.testing.assert_close(values, plain_values, atol=2e-5, rtol=1e-5)
+    assert_same_gradients(gradients(critic), gradients(plain))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
+    """[N, V] logits in full are 33 GB for 55,000 tokens of Qwen's vocabulary; chunks must change no value or gradient."""
+    num_tokens, hidden_size, vocabulary, chunk = 37, 16, 97, 5
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, hidden_size)
+    weight, offset = torch.randn(vocabulary, hidden_size), torch.randn(vocabulary) if bias else None
+    targets, upstream = torch.randint(vocabulary, (num_tokens,)), torch.randn(num_tokens)
+
+    def run(function):
+        leaves = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, offset)]
+        logprobs, entropy = function(*leaves)
+        (logprobs * upstream).sum().backward()
+        return [logprobs.detach(), entropy.detach()] + [x.grad for x in leaves if x is not None]
+
+    def plain(h, w, b):
+        table = (torch.nn.functional.linear(h, w, b) / temperature).log_softmax(-1)
+        return table.gather(-1, targets[:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
+
+    def ours(h, w, b):
+        return model.TokenLogprobs.apply(h, w, b, targets, temperature)
+
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and result.shape[-1:] == (vocabulary,):
+                largest = max(largest, result.numel())
+            return result
+
+    expected, whole = run(plain), run(ours)
+    monkeypatch.setattr(model, "MAX_LOGITS", chunk * vocabulary)
+    with Watch():
+        chunked = run(ours)
+    assert largest == chunk * vocabulary  # seen at work, and never more than a chunk
+    for a, b, c in zip(expected, whole, chunked):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(c, a, atol=1e-5, rtol=1e-5)
+
+
+def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
+    """0 · NaN and 0 / 0: a rank with no work must not spoil the others' update."""
+    _, batch = random_batch()
+    for network in (model.load_policy(folder, torch.float32), model.load_critic(folder, torch.float32)):
+        out = network(ppo.make_pack(batch, [], "cpu"))
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.shape == (0,)
+        out.sum().backward()
+        assert all((g == 0).all() for g in gradients(network).values())
+
+
+def test_policy_folder_round_trip(folder, tmp_path):
+    """Names or a tied head that are lost on the way out: the exported policy must be the trained one, for anyone."""
+    policy = model.load_policy(folder, torch.float32)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(policy, dict(policy.named_parameters()), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    again = model.load_policy(str(tmp_path), torch.float32)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        assert torch.equal(parameter, plain.get_parameter(name.removeprefix("hf."))), name
+    samples, batch = random_batch()
+    ours = policy(ppo.make_pack(batch, [0, 4], "cpu"))[0]
+    theirs = [
+        tiny_models.plain_logprobs(plain, samples[i].prompt_ids, samples[i].response_ids)[0] for i in (0, 4)
+    ]
+    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-5, rtol=1e-5)
+
+
+def test_critic_folder_round_trip(folder, tmp_path):
+    """A critic that comes back with a fresh value head: training goes on, from nothing."""
+    critic = model.load_critic(folder, torch.float32, seed=1)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(critic, dict(critic.named_parameters()), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {name.partition(".")[0] for name in names} == {
+        "model",
+        "value_head",
+    } and "value_head.weight" in names
+    again = model.load_critic(str(tmp_path), torch.float32, seed=2)
+    plain = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, parameter in critic.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        if name.startswith("model."):
+            assert torch.equal(parameter, plain.get_parameter(name.removeprefix("model."))), name
+
+
+def test_fresh_value_head_is_seeded(folder):
+    """A head that differs between ranks or runs: training that cannot be repeated."""
+    heads = [model.load_critic(folder, torch.float32, seed=seed).value_head.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert heads[0].std().item() == pytest.approx(1 / (heads[0].shape[1] + 1), rel=0.3)
