@@ -7,13 +7,16 @@ Whatever is wrong raises UserError: one line that says what, where, and what to 
 import ast
 import difflib
 import os
+import re
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "base.py"
+TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 
 class UserError(Exception):
@@ -21,151 +24,118 @@ class UserError(Exception):
 
 
 def load(argv):
-    """The settings of a run. Prints the help and exits where it is asked for."""
-    defaults = read_file(BASE)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(help_text(defaults))
-        sys.exit(0 if argv else 2)
-    config, overrides = argv[0], argv[1:]
-    if config.startswith("-"):
-        raise UserError(f"the config file comes first: python launch.py configs/tiny.py {config}")
-    settings = dict(defaults)
-    for key, value in read_file(config).items():
-        settings[key] = checked(key, value, defaults, config)
-    for argument in overrides:
-        key, equals, text = argument.removeprefix("--").partition("=")
+    """The settings of a run. Prints the help, which is base.py itself, and exits where it is asked for."""
+    if "--help" in argv or "-h" in argv:
+        print(f"usage: python launch.py CONFIG [--key=value …]\n\n{BASE.read_text(encoding='utf-8')}")
+        sys.exit(0)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "the config file comes first: python launch.py configs/tiny.py --key=value …, or --help"
+        )
+    base = read_file(BASE)
+    settings = dict(base)
+    for key, value in read_file(argv[0]).items():
+        settings[key] = checked(key, value, base, line_of(key, argv[0]))
+    for argument in argv[1:]:
+        key, equals, text = argument.removeprefix("--").partition("=")  # key=a=b splits at the first
         if not argument.startswith("--") or not equals:
             raise UserError(f"command line: {argument!r} is not of the form --key=value")
-        check_known(key, defaults, "command line")
-        settings[key] = checked(key, parsed(text, defaults[key]), defaults, "command line")
-    settings["name"] = settings["name"] or Path(config).stem
-    cfg = SimpleNamespace(**settings)
-    check_rules(cfg)
-    cfg.model, cfg.critic_model = existing(cfg.model), existing(cfg.critic_model)
-    cfg.train_data, cfg.eval_data = (
-        [existing(p) for p in cfg.train_data],
-        [existing(p) for p in cfg.eval_data],
-    )
-    return cfg
+        settings[key] = checked(key, parse(text, base.get(key)), base, "command line")
+    settings["name"] = settings["name"] or Path(argv[0]).stem
+    check_rules(settings)
+    for key in ("model", "critic_model", "train_data", "eval_data"):
+        value = settings[key]
+        settings[key] = list(map(find, value)) if isinstance(value, list) else find(value)
+    settings["out_dir"] = os.path.abspath(settings["out_dir"])  # Workers may be started in another folder
+    return SimpleNamespace(**settings)
 
 
 def read_file(path):
-    """The settings that a config file assigns: names without underscore that are no modules, functions or classes."""
+    """What a config file assigns: its names without underscore that are no modules, functions or classes."""
     if not os.path.isfile(path):
         raise UserError(f"config file {str(path)!r} does not exist")
-    sys.path.insert(0, str(ROOT))  # a config may start with `from configs.orz_7b import *`
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else last_line(error, str(path))
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop(0)
-    skipped = (ModuleType, type, type(load))
-    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skipped)}
+    except (Exception, SystemExit) as error:  # a config is a program: anything can go wrong in it
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", 1)
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {reason}") from None
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and not callable(value) and not isinstance(value, ModuleType)
+    }
 
 
-def last_line(error, path):
-    """The line of `path` in which an exception was raised."""
-    line, trace = 0, error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+def line_of(key, path):
+    """file:line of the last assignment to a setting; only the file where one that it imports assigns it."""
+    source = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [number for number, line in enumerate(source, 1) if re.match(rf"\s*{key}\b", line)]
+    return f"{path}:{lines[-1]}" if lines else path
 
 
-def check_known(key, defaults, place):
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise UserError(f"{place}: there is no setting {key!r}; {hint}")
-
-
-def parsed(text, default):
-    """A command-line value as Python, by the type of the setting's default."""
+def parse(text, default):
+    """A value on the command line. Texts need no quotes; a list is a Python list, or its items between commas."""
     if isinstance(default, str):
         return text
+    if isinstance(default, list) and not text.startswith("["):
+        return [parse(item, item_of(default)) for item in text.split(",") if item]
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, list) and not isinstance(value, list):
-        return text.split(",")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # of a wrong type, then
+
+
+def checked(key, value, base, place):
+    """The value, if there is such a setting and the type is its default's."""
+    if key not in base:
+        near = difflib.get_close_matches(key, base, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        raise UserError(f"{place}: there is no setting {key!r}; {hint}")
+    if not fits(value, base[key]):
+        comment, _ = documentation()[key]
+        raise UserError(f"{place}: {key} must be {TYPES[type(base[key])]}, not {value!r} ({comment})")
     return value
 
 
-def checked(key, value, defaults, place):
-    """The value, if its type is that of the default: an int is a fine float, nothing else is converted."""
-    check_known(key, defaults, place)
-    kind = type(defaults[key])
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is list and type(value) is tuple:
-        value = list(value)
-    if type(value) is not kind:
-        raise UserError(
-            f"{place}: {key} must be {kind.__name__}, as in {key}={defaults[key]!r}, not {value!r}"
-        )
-    element = {"adam_betas": (float, int)}.get(key, str)
-    if kind is list and not all(isinstance(item, element) for item in value):
-        raise UserError(f"{place}: {key} must be a list as in {key}={defaults[key]!r}, not {value!r}")
-    return value
+def fits(value, default):
+    """Whether a value has its default's type: an int is a fine float, nothing else is converted."""
+    if isinstance(default, list):
+        return isinstance(value, list) and all(fits(item, item_of(default)) for item in value)
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
-def check_rules(cfg):
-    """What no single type says: ranges, and what settings demand of each other."""
-    over_0 = "steps workers tensor_parallel prompts_per_step samples_per_prompt max_prompt_tokens max_response_tokens"
-    over_0 += " max_tokens_per_pack policy_updates_per_step critic_updates_per_step eval_samples temperature"
-    over_0 += " eval_temperature max_grad_norm clip_eps value_clip top_p eval_top_p gpu_memory_utilization"
-    not_negative = "policy_lr critic_lr kl_coef warmup_steps grader_processes phase_timeout seed gamma lam"
-    at_most_1 = "gamma lam top_p eval_top_p gpu_memory_utilization"
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    responses = cfg.prompts_per_step * cfg.samples_per_prompt
-    rules = [(getattr(cfg, key) > 0, f"{key} must be over 0") for key in over_0.split()]
-    rules += [(getattr(cfg, key) >= 0, f"{key} must not be negative") for key in not_negative.split()]
-    rules += [(getattr(cfg, key) <= 1, f"{key} must be at most 1") for key in at_most_1.split()]
-    for key in ("eval_every", "save_every"):
-        rules.append(
-            (getattr(cfg, key) > 0 or getattr(cfg, key) == -1, f"{key} must be over 0, or -1 for off")
-        )
-    for key in ("model", "train_data"):
-        rules.append((getattr(cfg, key), f"{key} is not set, and has no default"))
-    for key in ("policy_updates_per_step", "critic_updates_per_step"):
-        rules.append((getattr(cfg, key) <= responses, f"{key} is more than the step's {responses} responses"))
-    rules += [
-        (cfg.dtype in ("auto", "float32", "bfloat16"), "dtype must be auto, float32 or bfloat16"),
-        (len(cfg.adam_betas) == 2, "adam_betas must be two numbers"),
-        (all(0 <= beta < 1 for beta in cfg.adam_betas), "adam_betas must lie between 0 and 1"),
-        (
-            cfg.workers % max(1, cfg.tensor_parallel) == 0,
-            f"workers={cfg.workers} must be a multiple of tensor_parallel={cfg.tensor_parallel}",
-        ),
-        (
-            longest <= cfg.max_tokens_per_pack,
-            f"max_tokens_per_pack={cfg.max_tokens_per_pack} must hold the longest sequence: raise it to "
-            f"max_prompt_tokens + max_response_tokens = {longest}",
-        ),
-        (
-            cfg.prompt_template == "chat" or cfg.prompt_template.count("{question}") == 1,
-            'prompt_template must contain {question} exactly once, or be "chat"',
-        ),
-        (all(cfg.stop), "stop must not hold an empty string: it would end every response at once"),
-        (
-            cfg.top_p == 1 or cfg.drift_limit < 0,
-            "top_p below 1 needs drift_limit=-1: vLLM and learner then differ",
-        ),
-        (Path(cfg.name).name == cfg.name, f"name must be a plain folder name, not {cfg.name!r}"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            key = message.split()[0]
-            raise UserError(f"{message} (it is {getattr(cfg, key)!r})" if hasattr(cfg, key) else message)
+def item_of(default):
+    """An item like those that a list holds: texts where the default is empty."""
+    return default[0] if default else ""
 
 
-def existing(path):
-    """A relative path is looked up here first, then in the project's folder; a hub name stays as it is."""
-    return str(ROOT / path) if path and not os.path.exists(path) and os.path.exists(ROOT / path) else path
+def documentation():
+    """base.py's own words: setting → (comment, what is legal)."""
+    pattern = r"^(\w+) = .*?  # (.*?)(?: \[([^][]+)\])?$"
+    found = re.findall(pattern, BASE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {key: (comment, legal) for key, comment, legal in found}
+
+
+def check_rules(settings):
+    """What no single type says: the rules in base.py's brackets, some of which bind settings to each other."""
+    words = documentation()
+    for key, value in settings.items():
+        comment, legal = words[key]
+        if legal and not eval(legal, {"x": value, **settings}):
+            rule = re.sub(r"\bx\b", key, legal)
+            others = [f", {name}={settings[name]}" for name in re.findall(r"\w+", legal) if name in settings]
+            raise UserError(f"{key}={value!r}{''.join(others)}: it must be that {rule} ({comment})")
+    if len({Path(path).stem for path in settings["eval_data"]}) < len(settings["eval_data"]):
+        raise UserError("eval_data: two files have one name, by which results are reported: rename one")
+
+
+def find(path):
+    """An absolute path: from here if it exists, else from the project's folder; a hub name stays as it is."""
+    places = [os.path.abspath(path), str(ROOT / path)]
+    return next((place for place in places if path and os.path.exists(place)), path)
 
 
 def derived(cfg):
@@ -184,17 +154,3 @@ def describe(cfg):
     """Every setting as it stands, and the numbers that follow."""
     settings = [f"{key} = {value!r}" for key, value in vars(cfg).items()]
     return "\n".join(settings + [""] + [f"{name}: {value}" for name, value in derived(cfg).items()])
-
-
-def help_text(defaults):
-    """Every setting with its default and comment, in the order and groups of base.py."""
-    lines = ["usage: python launch.py CONFIG [--key=value …]", ""]
-    for line in BASE.read_text().splitlines():
-        key = line.partition(" = ")[0]
-        if line.startswith("# ----"):
-            lines += ["", line.strip("# -")]
-        elif key in defaults:
-            default = repr(defaults[key])
-            default = default if len(default) < 60 else default[:57] + "..."
-            lines.append(f"  --{key}={default}\n        {line.partition('  # ')[2]}")
-    return "\n".join(lines)

@@ -2,11 +2,11 @@
 
 [[{"from": "human", "value": Q}, {"from": "assistant", "ground_truth": {"value": A}}], …]    ORZ's training lists
 [{"prompt": [{"from": "user", "value": Q}], "final_answer": A, "choices": {…}}, …]           ORZ's evaluation lists
-{"question": Q, "answer": A}  one a line                                                     JSONL
+{"question": Q, "answer": A}  one a line, "choices" here too                                 JSONL
 """
 
 import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,53 +31,71 @@ class Prompt:
 
 def load_questions(path):
     """All questions of a file. Raises UserError naming file, place and what was expected there."""
-    if not os.path.isfile(path):
-        raise UserError(f"data file {path!r} does not exist")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"data file {path!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, from byte {error.start} on") from None
     if text.lstrip().startswith("["):
-        try:
-            items = [(f"item {i}", item) for i, item in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: broken or truncated JSON: {error.msg}") from None
+        items = enumerate(read_json(text, path, 1), 1)
     else:
-        items = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    items.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: broken or truncated JSON: {error.msg}") from None
-    if not items:
+        lines = enumerate(text.split("\n"), 1)
+        items = [(number, read_json(line, path, number)) for number, line in lines if line.strip()]
+    questions = [to_question(item, f"{path}, item {place}") for place, item in items]
+    if not questions:
         raise UserError(f"{path}: holds no questions")
-    return [read_item(item, f"{path}, {place}") for place, item in items]
+    return questions
 
 
-def read_item(item, place):
-    choices = None
+def read_json(text, path, line):
+    """The value of a JSON text that begins in this line of the file."""
     try:
-        if isinstance(item, list):
-            expected = "two messages, the question and {'ground_truth': {'value': answer}}"
-            ask, reply = item
-            question, answer = ask["value"], reply["ground_truth"]["value"]
-        elif "prompt" in item:
-            expected = "{'prompt': [{'value': question}], 'final_answer': answer}"
-            (ask,) = item["prompt"]
-            question, answer, choices = ask["value"], item["final_answer"], item.get("choices")
-        else:
-            expected = "{'question': text, 'answer': text}"
-            question, answer, choices = item["question"], item["answer"], item.get("choices")
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{place}: expected {expected}") from None
-    for name, value in (("question", question), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{place}: the {name} must be a text that is not empty, not {value!r}")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line}: broken or truncated JSON: {error}") from None
+
+
+def to_question(item, place):
+    """One entry of a file, in whichever format, as a Question; `place` is named where it is none."""
+    match item:
+        case [{"value": question}, {"ground_truth": {"value": answer}}]:
+            choices = None
+        case {"prompt": [{"value": question}], "final_answer": answer}:
+            choices = item.get("choices")
+        case {"question": question, "answer": answer}:
+            choices = item.get("choices")
+        case _:
+            formats = "two messages, {prompt, final_answer} or {question, answer}, as data/load.py shows them"
+            raise UserError(f"{place}: expected {formats}")
+    for name, text in (("question", question), ("answer", answer)):
+        # surrogates are halves of characters, which no tokenizer takes
+        if not isinstance(text, str) or not text.strip() or re.search(r"[\ud800-\udfff]", text):
+            raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
+    if choices is not None and (not isinstance(choices, dict) or answer not in choices):
+        raise UserError(f"{place}: the answer {answer!r} is none of the choices {choices!r:.80}")
     return Question(question, answer, choices)
+
+
+def render(question, tokenizer, template):
+    """The prompt as text: the template, after the tokenizer's begin token where it has one, as ORZ does."""
+    if template == "chat":
+        chat = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return (tokenizer.bos_token or "") + template.replace(
+        "{question}", question
+    )  # questions are full of braces
+
+
+def encode_prompts(questions, tokenizer, template, max_prompt_tokens):
+    """The questions as Prompts, and how many were dropped for being longer than max_prompt_tokens."""
+    texts = [render(question.question, tokenizer, template) for question in questions]
+    # Without special tokens: some tokenizers would begin a second time, some would end the prompt with an end token.
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [Prompt(np.array(ids, np.int32), question) for ids, question in zip(rows, questions)]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
+    return kept, len(prompts) - len(kept)
 
 
 def read_tasks(cfg, data, log):
@@ -89,17 +107,16 @@ def read_tasks(cfg, data, log):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    if cfg.prompt_template == "chat" and not tokenizer.chat_template:
+        raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
     kept = {}
     for path, questions in data.items():
-        prompts = [
-            Prompt(encode(question, tokenizer, cfg.prompt_template), question) for question in questions
-        ]
-        kept[path] = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
-        dropped = f"{len(questions) - len(kept[path])} of {len(questions)} prompts are over"
+        kept[path], dropped = encode_prompts(questions, tokenizer, cfg.prompt_template, cfg.max_prompt_tokens)
+        report = f"{path}: {dropped} of {len(questions)} prompts are over max_prompt_tokens={cfg.max_prompt_tokens}"
         if not kept[path]:
-            raise UserError(f"{path}: {dropped} max_prompt_tokens={cfg.max_prompt_tokens}; raise it")
-        if len(kept[path]) < len(questions):
-            log.say(f"{path}: {dropped} max_prompt_tokens={cfg.max_prompt_tokens} and are left out")
+            raise UserError(f"{report}: raise it")
+        if dropped:
+            log.say(f"{report} and are left out")
     return SimpleNamespace(
         train=[prompt for path in cfg.train_data for prompt in kept[path]],
         eval={Path(path).stem: kept[path] for path in cfg.eval_data},
@@ -108,23 +125,9 @@ def read_tasks(cfg, data, log):
     )
 
 
-def encode(question, tokenizer, template):
-    """The prompt's token ids, int32, after the tokenizer's begin token where it has one."""
-    if template == "chat":
-        messages = [{"role": "user", "content": question.question}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    else:
-        # replace, not format: questions are full of braces
-        ids = tokenizer(template.replace("{question}", question.question))["input_ids"]
-    return np.array(ids, np.int32)
-
-
 def step_questions(num_questions, prompts_per_step, seed, step):
-    """Which questions step 0, 1, 2, … uses: each epoch is a permutation of its own, steps run on through them."""
-    places = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
-    epochs = places // num_questions
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(num_questions)
-        for epoch in set(epochs.tolist())
-    }
-    return np.array([orders[epoch][place % num_questions] for epoch, place in zip(epochs.tolist(), places)])
+    """Which questions step 0, 1, 2, … uses: each epoch is a permutation of its own, and steps run on through them."""
+    start = step * prompts_per_step
+    epochs = range(start // num_questions, (start + prompts_per_step - 1) // num_questions + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(num_questions) for epoch in epochs]
+    return np.concatenate(orders)[start % num_questions :][:prompts_per_step]
