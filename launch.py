@@ -528,6 +528,7 @@ def run(cfg):
         )
         return 128 + signal.Signals[str(stopped)]
     except UserError:
+        shutil.rmtree(log.dir)  # made by this run, which has not begun
         raise
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping

@@ -1,0 +1,219 @@
+"""Whole runs from the command line, on real Ray, vLLM and DeepSpeed; and the ways in which a run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = [
+    "--steps=2",
+    "--prompts_per_step=8",
+    "--samples_per_prompt=8",
+    "--eval_every=-1",
+    "--max_response_tokens=48",
+]
+DEADLINE = 300  # seconds, ten times what a quick run takes here
+
+
+def start(tmp_path, *arguments, config="configs/tiny.py"):
+    """A run on a Ray of its own, in the background."""
+    command = [sys.executable, str(ROOT / "launch.py"), config, f"--out_dir={tmp_path}", *arguments]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+
+
+def finish(process):
+    """Exit code, stdout and stderr; a run that hangs fails the test with what it had printed."""
+    try:
+        out, err = process.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"no end within {DEADLINE} s:\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def run(tmp_path, *arguments, config="configs/tiny.py"):
+    return finish(start(tmp_path, *arguments, config=config))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def left_behind(process, folder):
+    """Processes that still mention the run's folder or descend from it, a minute after its end at the latest."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = []
+        for other in psutil.process_iter(["pid", "cmdline", "environ"]):
+            text = " ".join(other.info["cmdline"] or []) + str(other.info["environ"] or "")
+            if str(folder) in text and other.pid not in (os.getpid(), process.pid):
+                found.append(other.info["cmdline"])
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(1)
+
+
+def test_two_workers_learn_and_leave_everything(tmp_path):
+    """Guards the whole: two ranks, from the command to the folders, with a reward that goes up."""
+    code, out, err = run(
+        tmp_path,
+        "--workers=2",
+        "--steps=6",
+        "--policy_lr=1e-3",
+        "--eval_every=6",
+        "--eval_samples=1",
+        "--name=a",
+    )
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[6]["eval"]["eval"]["accuracy"] > rows[0]["eval"]["eval"]["accuracy"] + 0.1
+    assert rows[6]["response_tokens"] > rows[1]["response_tokens"]
+    named = "reward response_tokens cut_off entropy clipfrac_low clipfrac_high approx_kl pg_loss v_loss explained_var "
+    named += "grad_norm_policy grad_norm_critic drift_mean drift_max tokens_per_second seconds"
+    for row in rows[1:]:
+        assert set(named.split()) <= set(row)
+        assert row["approx_kl"] is None and row["clipfrac_low"] is None  # the ratio is 1 by construction
+        assert row["drift_mean"] < 1e-4 and row["update_kl"] > 0
+    for file in (
+        "config.json",
+        "curves.png",
+        "samples/step_1.jsonl",
+        "policy/config.json",
+        "critic/config.json",
+    ):
+        assert (tmp_path / "a" / file).stat().st_size > 0, file
+    assert list((tmp_path / "a/tensorboard").iterdir())
+    sample = json.loads((tmp_path / "a/samples/step_1.jsonl").read_text().splitlines()[0])
+    assert {"question", "response", "response_ids", "reward", "finish_reason"} <= set(sample)
+    check_exports(tmp_path / "a")
+    code, out, err = run(tmp_path, "--name=a")
+    assert code == 2 and "exists already" in err.splitlines()[-1]  # nothing is overwritten
+
+
+def check_exports(folder):
+    """The policy is a causal language model, the critic a backbone, for plain transformers."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    policy, loading = AutoModelForCausalLM.from_pretrained(folder / "policy", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    _, loading = AutoModel.from_pretrained(folder / "critic", output_loading_info=True)
+    assert not loading["missing_keys"] and set(loading["unexpected_keys"]) == {"value_head.weight"}
+    prompt = AutoTokenizer.from_pretrained(folder / "policy")(
+        "User: 123+456\nAssistant: <think>", return_tensors="pt"
+    )
+    assert torch.isfinite(policy(prompt["input_ids"]).logits).all()
+
+
+def test_same_seed_same_digits(tmp_path):
+    """Guards against hidden state: timing, dictionary order, an unseeded generator."""
+    for name in ("a", "b"):
+        code, out, err = run(tmp_path, f"--name={name}", *QUICK)
+        assert code == 0, out + err
+    assert without_timings(metrics(tmp_path / "a")) == without_timings(metrics(tmp_path / "b"))
+
+
+def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
+    """Guards the paths that the demo leaves out: tensor parallel 2, a reference model, old log-probs, clipping."""
+    code, out, err = run(
+        tmp_path, "--name=a", *QUICK, "--workers=2", "--tensor_parallel=2", "--kl_coef=0.01",
+        "--policy_updates_per_step=2", "--policy_lr=1e-3",
+    )  # fmt: skip
+    assert code == 0, out + err
+    row = metrics(tmp_path / "a")[-1]
+    assert row["drift_mean"] < 1e-4
+    assert row["approx_kl"] > 0 and row["clipfrac_low"] is not None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_run_and_keep_the_networks(tmp_path, signum):
+    """Guards against lost work and orphans: one signal, one line, the networks saved, no process left."""
+    process = start(tmp_path, "--name=a", *QUICK, "--steps=1000")
+    deadline = time.monotonic() + DEADLINE
+    while not (tmp_path / "a/metrics.jsonl").exists() or not metrics(tmp_path / "a"):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.2)
+    process.send_signal(signum)
+    code, out, err = finish(process)
+    assert code == 128 + signum, out + err
+    assert out.splitlines()[-1].startswith(f"stopped by {signum.name}")
+    assert (tmp_path / "a/policy/model.safetensors").exists()
+    assert not left_behind(process, tmp_path)
+
+
+def test_a_dead_worker_ends_the_run(tmp_path):
+    """Guards against waiting for ever: a Worker killed in mid-run is named, the exit code is not 0, none is left."""
+    process = start(tmp_path, "--name=a", *QUICK, "--steps=1000", "--workers=2")
+    deadline = time.monotonic() + DEADLINE
+    while not (tmp_path / "a/metrics.jsonl").exists() or not metrics(tmp_path / "a"):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.2)
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "ray::Worker" in " ".join(p.cmdline())
+    ]
+    workers[0].kill()
+    code, out, err = finish(process)
+    assert code == 1, out + err
+    assert out.splitlines()[-1].startswith("error: ") and "died" in out.splitlines()[-1].lower()
+    assert not left_behind(process, tmp_path)
+
+
+BAD_INPUT = {
+    "no config": (["configs/none.py"], "configs/none.py"),
+    "unknown setting": (["configs/tiny.py", "--polcy_lr=1"], "policy_lr"),
+    "wrong type": (["configs/tiny.py", "--steps=many"], "steps"),
+    "impossible combination": (["configs/tiny.py", "--workers=3", "--tensor_parallel=2"], "tensor_parallel"),
+    "no data file": (["configs/tiny.py", "--train_data=none.jsonl"], "none.jsonl"),
+    "broken line": (["configs/tiny.py", "--train_data={tmp}/broken.jsonl"], "broken.jsonl"),
+    "empty data": (["configs/tiny.py", "--train_data={tmp}/empty.jsonl"], "empty.jsonl"),
+    "no model": (["configs/tiny.py", "--model=./none"], "./none"),
+    "read-only runs": (["configs/tiny.py", "--out_dir=/proc/runs"], "/proc/runs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line_before_torch(tmp_path, case):
+    """Guards the newcomer: one line with the name of what is wrong, exit code 2, nothing heavy imported for it."""
+    (tmp_path / "broken.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+')
+    (tmp_path / "empty.jsonl").write_text("")
+    arguments, expected = BAD_INPUT[case]
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    program = "import sys, launch; code = launch.main(sys.argv[1:]); assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
+    command = [sys.executable, "-c", program + "; sys.exit(code)", *arguments]
+    if "out_dir" not in str(arguments):
+        command.append(f"--out_dir={tmp_path}/runs")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and expected in done.stderr
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_over_the_limit(tmp_path):
+    """Guards against silent loss: over-long prompts are counted, and a run without any left does not start."""
+    code, out, err = run(tmp_path, "--max_prompt_tokens=3")
+    assert code == 2 and "max_prompt_tokens=3" in err.splitlines()[-1] and "Traceback" not in out + err
+
+
+def test_too_many_workers(tmp_path):
+    """Guards against waiting for machines that are not there."""
+    code, out, err = run(tmp_path, "--workers=4000")
+    assert code == 2 and "4000" in err.splitlines()[-1] and "Traceback" not in out + err
