@@ -81,7 +81,7 @@ def parse(text, default):
     if isinstance(default, str):
         return text
     if isinstance(default, list) and not text.startswith("["):
-        return [parse(item, item_of(default)) for item in text.split(",") if item]
+        return [parse(item, default[0] if default else "") for item in text.split(",") if item]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -103,13 +103,8 @@ def checked(key, value, base, place):
 def fits(value, default):
     """Whether a value has its default's type: an int is a fine float, nothing else is converted."""
     if isinstance(default, list):
-        return isinstance(value, list) and all(fits(item, item_of(default)) for item in value)
+        return isinstance(value, list) and all(fits(item, default[0] if default else "") for item in value)
     return type(value) is type(default) or (type(value) is int and type(default) is float)
-
-
-def item_of(default):
-    """An item like those that a list holds: texts where the default is empty."""
-    return default[0] if default else ""
 
 
 def documentation():
