@@ -39,11 +39,12 @@ MEMORY_BYTES = 1 << 30  # address space of one grading process
 # Work is refused before it starts where it is larger than any of 5,238 real references needs.
 MAX_CHARS, MAX_DEPTH = 1000, 60
 MAX_BITS = 1 << 17  # of a power: 2013^2014 has 22,000
-MAX_WHOLE = 3000  # n of n! and of binomials
-# Bits of every number: arithmetic of integers is exact far beyond 2013^2014, functions agree to 600 digits.
-BITS, BITS_OF_INTEGERS = 1 << 11, 1 << 15
+MAX_WHOLE = 20000  # n of n! and of binomials
+# Bits of a number: in expressions with variables, in constants, and in constants made of integers alone, where
+# arithmetic is thus exact far beyond 2013^2014.
+BITS, BITS_OF_CONSTANTS, BITS_OF_INTEGERS = 1 << 10, 1 << 12, 1 << 15
 MP = MPContext()  # of our own: mpmath's global precision is left alone
-MP.prec = BITS
+MP.prec = BITS_OF_CONSTANTS
 
 
 def extract_answer(response: str) -> str:
@@ -92,6 +93,9 @@ REWRITES = [
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-zA-Z])|,?\\!\s*(?=\d{3})|\\!", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),
     (r"\{,\}", ","),
+    (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),
+    (r"\\boxed ?(?=\{)", ""),
+    (r"^ +| +$", ""),
     (r"\\math(?:bb|bf|rm) ?\{?R\}?(?![a-z])", r"\\R "),
     (r"\\(?:math(?:bf|it|cal|sf)|boldsymbol|bm) ?(?=\{)", ""),
     (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mbox|operatorname\*?) ?\{([^{}]*)\}", r'"\1"'),
@@ -142,8 +146,8 @@ def normalise(text: str) -> str:
     ):
         raise ValueError("too long, or with control characters")
     text = text.strip().translate(SPELLINGS)
-    if text.count("\\boxed") == 1:  # of several boxes none is the answer
-        text = text.replace("\\boxed", "")
+    if text.count("\\boxed") > 1:
+        raise ValueError("of several boxes none is the answer")
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return unicodedata.normalize("NFKC", text).strip()
@@ -215,9 +219,13 @@ TOKEN = re.compile(rf"{NUMBER}|\\(?:{FUNCTIONS})|{KNOWN}|{NAME}|!!|\S")
 def number(token: str):
     """A decimal, scientific or repeating literal."""
     head, _, period = token.partition("\\")
+    mantissa, _, exponent = head.lower().partition("e")
+    whole_part, _, decimals = mantissa.partition(".")
     period = re.sub(r"\D", "", period)
-    places = len(head.partition(".")[2])
-    return MP.mpf(head) + (MP.mpf(int(period)) / ((10 ** len(period) - 1) * 10**places) if period else 0)
+    value = MP.mpf(int(whole_part + decimals)) + (
+        MP.mpf(int(period)) / (10 ** len(period) - 1) if period else 0
+    )
+    return value * MP.mpf(10) ** (int(exponent or 0) - len(decimals))
 
 
 class Evaluator:
@@ -330,17 +338,19 @@ def bracketed(brackets: str, inner):
 
 def values_at_points(a: str, b: str) -> list[tuple]:
     """Pairs of values at fixed points: j, k … n positive integers, other symbols fractions, once negative."""
+    if re.search(r"(?<![\\a-zA-Z{])[a-zA-Z]{4}", a + " " + b):
+        raise ValueError("words are not products of letters")
     words = sorted(
         {token for token in TOKEN.findall(a + " " + b) if re.fullmatch(NAME, token)} - {*CONSTANTS}
     )
     symbols = [name for name in words if name not in BINARY and name[1:] not in (*CALLS, *BUILDERS)]
     of_integers = not re.search(r"[a-zA-Z]", re.sub(r"\\(frac|cdot|times|binom)", "", a + b))
-    MP.prec = BITS_OF_INTEGERS if of_integers else BITS
+    MP.prec = BITS if symbols else BITS_OF_INTEGERS if of_integers else BITS_OF_CONSTANTS
     pairs = []
     for trial, divisor in enumerate((11, 3, 5, 13, -9) if symbols else (1,)):
         point = {}
         for rank, name in enumerate(symbols):
-            natural = MP.mpf((3, 4, 5, 8, 7)[trial] + rank * (rank + 1 + trial % 2))
+            natural = MP.mpf((3, 4, 5, 8, 7)[trial] + (3 * rank if trial % 2 else 2 * (len(symbols) - rank)))
             point[name] = natural if name[0] in "jklmnN" else MP.mpf(7 + 10 * rank + 3 * trial) / divisor
         try:
             x, y = Evaluator(a, point).value(), Evaluator(b, point).value()
@@ -359,7 +369,7 @@ def close(x, y) -> bool:
     if MP.isinf(x) or MP.isinf(y):
         return x == y
     size = max(abs(x), abs(y), 1)
-    if not MP.mag(size) < MP.prec - 100:
+    if MP.prec > BITS and not MP.mag(size) < MP.prec - 100:
         raise ValueError("too large to tell it from its neighbours")
     return abs(x - y) <= MP.ldexp(size, 100 - MP.prec)
 
@@ -405,13 +415,16 @@ def proportional(pairs: list[tuple]) -> bool:
     return same and (kind == "=" or x / y > 0)
 
 
-def is_rounding(reference: str, value) -> bool:
-    """0.33 for a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
-    match = re.fullmatch(r"-?(\d*)\.(\d+)", reference.strip())
+def is_rounding(decimal: str, value) -> bool:
+    """0.33 of a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
+    match = re.fullmatch(r"-?(\d*)\.(\d+)", decimal.strip())
     if not match or len(match[2]) < 2 and len(match[1]) < 2 or MP.im(value) != 0:
         return False
     scaled = value * MP.mpf(10) ** 100
-    return not close(scaled, MP.nint(scaled)) and abs(value - MP.mpf(match[0])) * 2 * 10 ** len(match[2]) <= 1
+    return (
+        not close(scaled, MP.nint(scaled))
+        and abs(value - Evaluator(match[0], {}).value()) * 2 * 10 ** len(match[2]) <= 1
+    )
 
 
 UNITS = """mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, in inch inche,
@@ -422,7 +435,7 @@ UNITS = {name: names.split()[0] for names in UNITS.split(",") for name in names.
 
 def split_unit(text: str) -> tuple[str, str]:
     """An answer without its unit, and the unit in one spelling: square centimeters → cm^2."""
-    match = re.fullmatch(r'([$€£]?)(.*?[^" ]) ?((?:"[^"]*"(?:\^\{?\d\}?)?|%)?)', text)
+    match = re.fullmatch(r'([$€£]?)(.*?[^" ]) *((?:"[^"]*"(?:\^\{?\d\}?)?|%)?)', text)
     if not match:
         return text, ""
     words = match[1] + match[3].lower().replace(" per ", "/")

@@ -1,0 +1,581 @@
+"""The grader: labelled pairs, properties, real references, hostile answers, and the pool of processes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reward_pairs import CHOICE_PAIRS, PAIRS
+
+import reward
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("ORZ_DATA", ROOT / "../shared/data"))
+FILES = [
+    "aime2024.json",
+    "gpqa_diamond.json",
+    "math500.json",
+    "orz_math_57k_sample.json",
+    "orz_math_72k_sample.json",
+]
+ALL_PAIRS = [pair for pairs in PAIRS.values() for pair in pairs]
+
+
+def respond(answer):
+    """A response with the format that the prompt asks for."""
+    return f"Let me see. </think> <answer> The answer is \\boxed{{{answer}}} </answer>"
+
+
+def children(pid):
+    """Processes whose parent is `pid`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def graders(pid):
+    """The grading processes of `pid`."""
+    return [child for child in children(pid) if b"reward.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_until(condition, seconds):
+    """A deadline against hanging, not a measurement."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "deadline"
+        time.sleep(0.05)
+
+
+# -- labelled pairs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_labelled_pairs(kind):
+    """A wrong "right" teaches a trick, a wrong "wrong" teaches to avoid the right answer."""
+    wrong = [pair for pair in PAIRS[kind] if reward.is_equal(pair[0], pair[1]) != pair[2]]
+    assert not wrong
+
+
+def test_choices():
+    """A content is worth its letter only where the choices are known and no other letter has that content."""
+    wrong = [pair for pair in CHOICE_PAIRS if reward.is_equal(pair[0], pair[1], pair[2]) != pair[3]]
+    assert not wrong
+
+
+def test_there_are_enough_pairs():
+    """At least 400, half of them near misses, none twice."""
+    assert len(ALL_PAIRS) >= 400
+    assert 0.4 < sum(not pair[2] for pair in ALL_PAIRS) / len(ALL_PAIRS) < 0.6
+    assert len({pair[:2] for pair in ALL_PAIRS}) == len(ALL_PAIRS)
+
+
+# -- extraction --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"<answer> \boxed{5} </answer>", "5"),
+        (r"<answer>\boxed{1} \boxed{2}</answer>", "2"),
+        (r"<answer>\boxed{1}</answer> no: <answer>\boxed{2}</answer>", "2"),
+        (r"<answer>\boxed{1}</answer> \boxed{2}", "1"),
+        (r"<answer>\boxed{\frac{1}{2}}</answer>", r"\frac{1}{2}"),
+        (r"<answer>\boxed{\{1, 2\}}</answer>", r"\{1, 2\}"),
+        (r"<answer>\boxed {5}</answer>", "5"),
+        (r"<answer>{ \boxed{5}</answer>", "5"),
+        (r"<answer>\boxed{5} and \boxed{6</answer>", "5"),
+        (r"<answer> <answer>\boxed{5}</answer>", "5"),
+        (r"<answer>\boxed{1}</answer> <answer>\boxed{2}", "1"),
+        (r"<answer>\boxed{1}</answer> x </answer>", "1"),
+        (r"\boxed{5}", ""),
+        (r"<answer> 5 </answer>", ""),
+        (r"</answer> \boxed{5} <answer>", ""),
+        (r"<answer> \boxed{5}", ""),
+        (r"<answer> \boxed{5 </answer>", ""),
+        ("", ""),
+    ],
+)
+def test_extract(response, answer):
+    """The last balanced box inside the last complete answer block, and nothing else."""
+    assert reward.extract_answer(response) == answer
+
+
+def test_extraction_is_linear():
+    """ORZ's regular expressions take cubic time when `</answer>` is missing: 20,000 open tags hang them."""
+    start = time.process_time()
+    for text in ("<answer>" * 20000, "<answer>" + r"\boxed{" * 20000 + "</answer>", "</answer>" * 20000):
+        assert reward.extract_answer(text) == ""
+    assert reward.extract_answer("<answer>" * 20000 + r"\boxed{5}</answer>" + "<answer>" * 20000) == "5"
+    assert reward.extract_answer("<answer>" + "{" * 50000 + r"\boxed{5}" + "}" * 50000 + "</answer>") == "5"
+    assert time.process_time() - start < 20  # quadratic: minutes
+
+
+def test_grade():
+    """ORZ's rule: right and stopped by itself."""
+    assert reward.grade(respond("5"), "5") == 1.0
+    assert reward.grade(respond("6"), "5") == 0.0
+    assert reward.grade(respond("5"), "5", "length") == 0.0
+    assert reward.grade(r"The answer is \boxed{5}", "5") == 0.0
+    assert reward.grade(respond(""), "") == 0.0
+
+
+# -- properties --------------------------------------------------------------------------------------------------
+
+ATOMS = st.sampled_from(["2", "3", "7", "x", "y", r"\pi", r"\sqrt{2}", r"\frac{1}{3}", "n", r"\ln 5"])
+
+
+@st.composite
+def expressions(draw, depth=3):
+    """Two spellings of one expression: the second with commuted, redundant or rewritten parts."""
+    if depth == 0 or draw(st.integers(0, 3)) == 0:
+        atom = draw(ATOMS)
+        other = {
+            r"\frac{1}{3}": "1/3",
+            r"\sqrt{2}": "2^{1/2}",
+            "2": r"\frac{4}{2}",
+            "x": r"\frac{3x}{3}",
+        }.get(atom, atom)
+        return atom, other
+    (a, a2), (b, b2) = draw(expressions(depth - 1)), draw(expressions(depth - 1))
+    kind = draw(st.sampled_from("+-*/^"))
+    if kind == "+":
+        return f"({a}) + ({b})", rf"\left({b2}\right)+\left({a2}\right)"
+    if kind == "-":
+        return f"({a}) - ({b})", f"-({b2}) + ({a2})"
+    if kind == "*":
+        return f"({a})({b})", rf"({b2}) \cdot ({a2})"
+    if kind == "/":
+        return rf"\frac{{{a}}}{{{b}}}", rf"({a2}) \cdot ({b2})^{{-1}}"
+    return f"({a})^2", f"({a2})({a2})"
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(expressions())
+def test_rewritten_expressions_are_equal(pair):
+    """Commuting, expanding and respelling does not change the verdict."""
+    try:
+        reward.values_at_points(*map(reward.normalise, pair))[0]
+    except (ValueError, IndexError):
+        return  # 1/(x − x)
+    assert reward.is_equal(*pair)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(expressions(), st.sampled_from(["+ 1", r"\cdot 2", "- x", "+ 10^{-30}", r"+ \sqrt{2}"]))
+def test_perturbed_expressions_are_not_equal(pair, change):
+    """However small, a change of value is a wrong answer."""
+    if reward.is_equal(pair[1], "0") and "cdot" in change:
+        return
+    assert not reward.is_equal(f"({pair[0]}) {change}", pair[1])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
+def test_fractions(a, b):
+    """Rationals are equal exactly when they are."""
+    text = rf"\frac{{{a.numerator}}}{{{a.denominator}}}"
+    assert reward.is_equal(text, f"{b.numerator}/{b.denominator}") == (a == b)
+    assert reward.is_equal(text, f"{a.numerator}/{a.denominator}")
+    assert reward.is_equal(rf"\frac{{{-3 * a.numerator}}}{{{-3 * a.denominator}}}", text)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=5, unique=True), st.randoms(use_true_random=False))
+def test_order_matters_only_in_tuples(items, rng):
+    """Sets in any order, tuples in theirs, and a subset is never enough."""
+    mixed = rng.sample(items, len(items))
+    a, b = ", ".join(map(str, items)), ",".join(map(str, mixed))
+    assert reward.is_equal(rf"\{{{a}\}}", rf"\{{{b}\}}")
+    assert reward.is_equal(a, b)
+    assert reward.is_equal(f"({a})", f"({b})") == (items == mixed)
+    assert not reward.is_equal(", ".join(map(str, items[1:])), b)
+    assert not reward.is_equal(a, str(items[0]))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.text(max_size=40) | st.text(r"\{}()[]^_,=<>|+-*/!%$.0123456789abcxyzn \"", max_size=40),
+    st.sampled_from(["5", "x=2"]),
+)
+def test_any_text_has_a_verdict(text, reference):
+    """Never raises, and says the same twice."""
+    for pair in (
+        (text, reference),
+        (reference, text),
+        (r"\frac{" + text, reference),
+        (r"\text{" + text + "}", text),
+    ):
+        assert reward.is_equal(*pair) is reward.is_equal(*pair)
+
+
+# -- real references ---------------------------------------------------------------------------------------------
+
+# Not computed, so equal to the same characters only: too large to write out, words without spaces, a stray quote.
+NOT_COMPUTED = {"3^{6567340}", "Anyintegervaluefrom0to45", "”"}
+
+
+@pytest.fixture(scope="module")
+def references():
+    """All reference answers of ORZ's data, in order."""
+    if not all((DATA / name).exists() for name in FILES):
+        pytest.skip(f"ORZ's data is not in {DATA} (set ORZ_DATA)")
+    records = [record for name in FILES for record in json.loads((DATA / name).read_text())]
+    return [r["final_answer"] if isinstance(r, dict) else r[1]["ground_truth"]["value"] for r in records]
+
+
+def equal_without_strings(reference):
+    """Whether a reference equals itself by its computed value, choices, words and bases included as they are read."""
+    try:
+        text = reward.normalise(reference)
+        if reward.is_word(text) or reward.CHOICE.fullmatch(text) or reward.BASED.fullmatch(text):
+            return True
+        return reward.equal(reward.ungroup(text), reward.ungroup(text))
+    except reward.FAILURES:
+        return False
+
+
+def test_every_reference_equals_itself(references):
+    """A reference that is not read rejects every right answer that is spelled differently."""
+    assert len(references) == 5238
+    unique = sorted(set(references))
+    assert {text for text in unique if not equal_without_strings(text)} == NOT_COMPUTED
+    wrong = [
+        text
+        for text in unique
+        for form in (text, rf"\boxed{{{text}}}", f"${text}$")
+        if not reward.is_equal(form, text)
+    ]
+    assert wrong == []
+
+
+def test_references_do_not_equal_others(references):
+    """Five others for each, where both are plain rationals and differ: none is right."""
+    plain = {
+        text: Fraction(text.strip())
+        for text in set(references)
+        if re.fullmatch(r" ?-?\d+(\.\d+|/\d+)? ?", text)
+    }
+    for text in set(references):
+        if match := re.fullmatch(r" ?(-?)\\d?frac\{(\d+)\}\{(\d+)\} ?", text):
+            plain[text] = Fraction(int(match[2]), int(match[3])) * (-1 if match[1] else 1)
+    rng, pool = random.Random(0), sorted(plain)
+    wrong = []
+    for reference in (text for text in references if text in plain):
+        for other in rng.sample(pool, 5):
+            if plain[other] != plain[reference] and reward.is_equal(other, reference):
+                wrong.append((other, reference))
+    assert wrong == []
+
+
+@pytest.mark.soak
+def test_references_against_all_kinds(references):
+    """Any five others: equal only where the normalised numbers are (`n = 7` for `7`), which a person has read."""
+    rng = random.Random(0)
+    found = {
+        (o, r)
+        for r in references
+        for o in rng.sample(references, 5)
+        if o.strip() != r.strip() and reward.is_equal(o, r)
+    }
+    strip = re.compile(r"[a-zA-Z]+|[\\${}()= ^:]|(?<=\\)frac")
+    odd = {pair for pair in found if len({strip.sub("", text) for text in pair}) > 1}
+    assert len(found) < 40 and len(odd) < 10
+
+
+# -- hostile answers ---------------------------------------------------------------------------------------------
+
+TOWER = "9" + "^{9" * 50 + "}" * 50
+HOSTILE = [
+    TOWER,
+    "9^{9^{9^{9}}}",
+    "2^{2^{2^{2^{2^{2}}}}}",
+    "9^9^9^9^9",
+    "10^{10^{10}}",
+    "10^{-10^{10}}",
+    "(10^{1000})^{1000000}",
+    "e^{e^{e^{e^{e^e}}}}",
+    "1e999999999",
+    "1e9999",
+    "factorial(10**9)",
+    "(10^9)!",
+    "1000000000!",
+    "((20!)!)!",
+    "9!!!!!!!!",
+    "99999!" * 50,
+    r"\binom{10^{12}}{5 \cdot 10^{11}}",
+    r"\binom{20000}{10000}^{20000}",
+    r"\gcd(10^{100000}, 3)",
+    r"\sin(10^{100000})",
+    r"\sin " * 200 + "1",
+    r"\sqrt{" * 300 + "2" + "}" * 300,
+    r"\frac{1}{" * 300 + "2" + "}" * 300,
+    "{" * 10000 + "5" + "}" * 10000,
+    "(" * 10000 + "5" + ")" * 10000,
+    "(" * 400 + "5" + ")" * 400,
+    "[" * 400 + "5" + "]" * 400,
+    r"\{" * 200 + "5" + r"\}" * 200,
+    "{" * 10000,
+    "}" * 10000,
+    "(" * 900,
+    ")" * 900,
+    "[" * 900,
+    "|" * 900,
+    "-" * 900 + "5",
+    "+" * 900 + "6",
+    "^" * 900,
+    "_" * 900,
+    "!" * 900,
+    "$" * 900,
+    "%" * 900,
+    "\\" * 900,
+    "=" * 900,
+    "<" * 900,
+    "x<" * 300 + "5",
+    "5=" * 400 + "6",
+    "a=b," * 200,
+    "1," * 450 + "5",
+    "5 5 " * 220,
+    "9" * 100000,
+    "x" * 100000,
+    "1+" * 50000 + "1",
+    " " * 100000 + "6",
+    "\n" * 1000 + "6",
+    r"\frac" * 150,
+    r"\sqrt" * 150,
+    r"\text{" * 150,
+    r"\text{5" * 100 + "}" * 100,
+    r"\boxed{" * 100 + "5" + "}" * 99,
+    r"\begin{pmatrix}" * 60,
+    r"\begin{pmatrix}" + "1&" * 400 + r"1\end{pmatrix}",
+    r"\begin{pmatrix}" + r"1\\" * 300 + r"1\end{pmatrix}",
+    r"\end{pmatrix}" * 60,
+    r"\left(" * 100,
+    r"\pm 1" * 100,
+    r"\pm 1," * 100,
+    r"\overline{" * 100,
+    "0." + r"\overline{3}" * 70,
+    r"\sum_{n=1}^{\infty} \frac{1}{n^{n^n}}",
+    r"\sum_{k=0}^{10^{18}} k^k",
+    r"\prod_{p} (1 - p^{-s})^{-1}",
+    r"\int_0^{\infty} e^{-x^{x^x}} dx",
+    r"\int \int \int \int \sin(\sin(\sin x)) dx",
+    r"\lim_{n \to \infty} n^{n^n}",
+    "x^{x^{x^{x^{x^{x}}}}}",
+    "(x+1)^{100000}",
+    "(x+y+z+w)^{5000}",
+    r"\tan(\tan(\tan(\tan(x))))^{1000}",
+    "__import__('os').system('touch /tmp/pwned')",
+    "exec('while True: pass')",
+    "eval('5')",
+    "lambda: 5",
+    "{__class__}",
+    "5\x00",
+    "\x005",
+    "5\u202e",
+    "\u202e5",
+    "\u200f5\u200e",
+    "5\u200b6",
+    "\ufeff5",
+    "5\ud800",
+    "5\x1b[2J",
+    "\uffff5",
+    "٥5",
+    "5" + "\u0301" * 500,
+    "😀" * 200,
+    r"\input{/etc/passwd}",
+    r"\def\x{\x}\x",
+    "%s%s%s%n",
+    "'; DROP TABLE rewards; --",
+    "nan",
+    "inf",
+    r"\infty - \infty",
+    r"\frac{0}{0}",
+    r"0^{0^{-1}}",
+    "5 or 6",
+    "5 \\text{ or } 6",
+]
+
+
+def test_hostile_answers():
+    """One answer that hangs, explodes or crashes stops 128 GPUs; here it is 0.0 and the next one is graded."""
+    assert len(HOSTILE) >= 80
+    with reward.Grader(2) as grader:
+        assert grader.submit(respond("5"), "5.0").result(60) == 1.0
+        futures = []
+        for answer in HOSTILE:
+            box = answer if answer.count("{") != answer.count("}") else r"\boxed{" + answer + "}"
+            futures.append(grader.submit(f"</think><answer>{box}</answer>", "5"))
+            futures.append(grader.submit(respond("5"), "5.0"))
+        rewards = [future.result(300) for future in futures]
+        peaks = [
+            int(re.search(r"VmPeak:\s+(\d+)", Path(f"/proc/{p}/status").read_text())[1])
+            for p in graders(os.getpid())
+        ]
+        stats = grader.stats()
+    assert [answer for answer, value in zip(HOSTILE, rewards[::2], strict=True) if value] == []
+    assert set(rewards[1::2]) == {1.0}
+    assert stats["graded"] == 2 * len(HOSTILE) + 1 and stats["backstop"] == stats["crashed"] == 0
+    assert max(peaks) * 1024 <= reward.MEMORY_BYTES
+    wait_until(lambda: not graders(os.getpid()), 30)
+
+
+@pytest.mark.parametrize("answer", [answer for answer in HOSTILE if len(answer) < 2000])
+def test_hostile_answers_are_refused_cheaply(answer):
+    """is_equal never raises and refuses such work before it starts (the process limit is only the second net)."""
+    start = time.process_time()
+    assert reward.is_equal(answer, "5") is False
+    assert time.process_time() - start < 20
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------
+
+SLOW = "+".join(["20000!"] * 140)  # each within the limits, all together minutes
+
+
+def test_pool_agrees_with_direct_calls():
+    """Verdicts must not depend on the batch: a clock started at submission lost 432 of 1,021 right answers."""
+    pairs = [pair for pair in ALL_PAIRS if pair[0].count("{") == pair[0].count("}") and pair[0]]
+    with reward.Grader(2) as grader:
+        futures = [grader.submit(respond(pair[0]), pair[1]) for pair in pairs]
+        futures += [grader.submit(respond(p[0]), p[1], "stop", p[2]) for p in CHOICE_PAIRS]
+        rewards = [future.result(300) for future in futures]
+        stats = grader.stats()
+    assert rewards == [float(pair[2]) for pair in pairs] + [float(pair[3]) for pair in CHOICE_PAIRS]
+    assert stats["graded"] == len(rewards)
+    assert stats["timed_out"] == stats["backstop"] == stats["crashed"] == 0
+    assert sum(stats.values()) == 2 * stats["graded"]
+
+
+def test_slow_item_is_killed_and_counted(monkeypatch):
+    """2 s of the child's CPU time, then the process is replaced; what waits behind it is not affected."""
+    with reward.Grader(1) as grader:
+        futures = [grader.submit(respond(answer), "5") for answer in (SLOW, "5.0", "5", "6")]
+        assert [future.result(300) for future in futures] == [0.0, 1.0, 1.0, 0.0]
+        stats = grader.stats()
+    assert stats["timed_out"] == 1 and stats["graded"] == 4 and stats["crashed"] == stats["backstop"] == 0
+
+
+def test_stopped_process_meets_the_backstop(monkeypatch):
+    """A process that gets no CPU time would never reach its CPU limit."""
+    monkeypatch.setattr(reward, "WALL_SECONDS", 1.0)
+    with reward.Grader(1) as grader:
+        assert grader.submit(respond("6"), "5").result(60) == 0.0
+        os.kill(graders(os.getpid())[0], signal.SIGSTOP)
+        assert grader.submit(respond("5.0"), "5").result(60) == 0.0
+        assert grader.stats()["backstop"] == 1
+        monkeypatch.setattr(reward, "WALL_SECONDS", 60.0)
+        assert grader.submit(respond("5.0"), "5").result(60) == 1.0
+
+
+def test_killed_process_is_replaced():
+    """As the kernel's memory killer does it: at rest, or in the middle of an item."""
+    with reward.Grader(1) as grader:
+        assert grader.submit(respond("5.0"), "5").result(60) == 1.0
+        os.kill(graders(os.getpid())[0], signal.SIGKILL)
+        wait_until(lambda: not graders(os.getpid()), 30)
+        assert grader.submit(respond("5.0"), "5").result(60) == 1.0
+        future = grader.submit(respond(SLOW), "5")
+        time.sleep(0.3)
+        os.kill(graders(os.getpid())[0], signal.SIGKILL)
+        assert future.result(60) == 0.0
+        assert grader.stats()["crashed"] == 1
+        assert grader.submit(respond("5.0"), "5").result(60) == 1.0
+
+
+def test_processes_ignore_ctrl_c():
+    """Ctrl-C reaches the whole foreground group; the step in progress must still be graded."""
+    with reward.Grader(1) as grader:
+        assert grader.submit(respond("5.0"), "5").result(60) == 1.0
+        before = graders(os.getpid())
+        os.kill(before[0], signal.SIGINT)
+        assert grader.submit(respond("5.00"), "5").result(60) == 1.0
+        assert graders(os.getpid()) == before
+        assert os.getpgid(before[0]) != os.getpgid(0)
+
+
+def test_processes_die_with_a_killed_parent():
+    """`kill -9` of the run must not leave graders behind, busy or idle."""
+    script = "import reward, time; g = reward.Grader(2); a = [g.submit(%r, '5'), g.submit(%r, '5')];"
+    script = script % (respond("6"), respond(SLOW)) + "print(a[0].result(), flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"0.0\n"
+    pids = graders(parent.pid)
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
+
+
+def test_cut_off_responses_and_missing_answers_are_counted():
+    """They need no process and are told apart in the metrics."""
+    with reward.Grader(1) as grader:
+        assert grader.submit(respond("5"), "5", "length").result() == 0.0
+        assert grader.submit("no answer", "5").result() == 0.0
+        assert grader.submit(respond("5"), "5", finish_reason="stop").result() == 1.0
+        assert grader.stats() | {"graded": 3, "cut_off": 1, "no_answer": 1, "by_string": 1} == grader.stats()
+
+
+def test_import_is_light():
+    """The driver imports this before it knows whether there is a GPU; the pool imports it in every process."""
+    script = "import sys, reward; print([m for m in ('torch', 'ray', 'vllm', 'sympy', 'numpy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True) == "[]\n"
+
+
+def test_other_precision_is_left_alone():
+    """mpmath's precision is global: no side effects."""
+    import mpmath
+
+    before = mpmath.mp.prec
+    assert reward.is_equal(r"\sqrt{8}", r"2\sqrt{2}") and not reward.is_equal("1/3", "0.34")
+    assert mpmath.mp.prec == before
+
+
+@pytest.mark.soak
+def test_verdicts_under_load():
+    """With more busy processes than cores the same answers are right."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        test_pool_agrees_with_direct_calls()
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+# -- statistics --------------------------------------------------------------------------------------------------
+
+
+def test_response_stats():
+    """The five patterns of ORZ, the format, and repetition between 0 and 1."""
+    stats = reward.response_stats(
+        "Wait, wait, let me recheck this. However, retry. </think> <answer> 5 </answer>"
+    )
+    assert stats == {
+        "wait": 2.0,
+        "recheck": 1.0,
+        "retry": 1.0,
+        "alternatively": 0.0,
+        "however": 1.0,
+        "think_format": 1.0,
+        "repetition": 0.0,
+    }
+    assert reward.response_stats("<answer> </think> </answer>")["think_format"] == 0.0
+    assert reward.response_stats("the same again and again " * 100)["repetition"] > 0.9
+    assert reward.response_stats(" ".join(map(str, range(1000))))["repetition"] == 0.0
+    assert reward.response_stats("")["repetition"] == 0.0
