@@ -1,0 +1,270 @@
+"""vLLM inside a rank, next to a Learner: the same weights, the same tokens, the same log-probs.
+
+Engines take seconds to build, so all checks run in two starts: `one_rank` and `tensor_parallel` on two ranks; the tests
+look at what came back.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import ranks
+import tiny_models
+import torch
+
+import ppo
+import rollout
+
+TEMPERATURES = (0.6, 1.0)
+SETTINGS = {"max_prompt_tokens": 32, "max_response_tokens": 24, "stop": ["a", "b1", "xy", "</"], "seed": 3}
+PROMPTS = [[(7 * i + 3 * k) % 90 for k in range(2 + i % 7)] for i in range(24)]
+
+
+def sample(engine, seed, temperature=1.0):
+    """One response to each prompt, in their order, and the hash of their ids."""
+    samples = [None] * len(PROMPTS)
+
+    def on_finish(index, ids, logprobs, text, finish_reason):
+        assert samples[index] is None, "finished twice"
+        prompt_ids = np.array(PROMPTS[index], np.int32)
+        samples[index] = ppo.Sample(index, prompt_ids, ids, logprobs, text, finish_reason, float(index % 2))
+
+    ids_hash = engine.generate(PROMPTS, seed, temperature, 1.0, on_finish)
+    return samples, ids_hash
+
+
+def train(learner, samples, check=True):
+    """One policy update on these samples, which may refuse them."""
+    batch = ppo.Batch(samples)
+    batch.advantages = ppo.normalise(np.repeat(batch.rewards, batch.response_lens))
+    learner.drift_limit = abs(learner.drift_limit) * (1 if check else -1)
+    plan = ppo.pack(batch.lengths, 256, torch.distributed.get_world_size(), 128)
+    try:
+        learner.update(batch, plan)
+    finally:
+        learner.engine.optimizer.zero_grad()
+
+
+def drift(learner, samples):
+    """The largest and the mean |log-prob of the sampler − of the learner| over all sampled tokens."""
+    batch, world_size = ppo.Batch(samples), torch.distributed.get_world_size()
+    whole = [[[i] for i in range(len(samples))]] * world_size  # every rank all of it, one sample at a time
+    apart = np.abs(learner.forward(batch, whole) - batch.logprobs)
+    return float(apart.max()), float(apart.mean())
+
+
+ENGINES = []  # kept alive: an engine that is collected tears torch.distributed down for the next one
+
+
+def start(path, dtype=torch.float32, **overrides):
+    cfg, cpu = ranks.settings(**SETTINGS | overrides), torch.device("cpu")
+    learner = ppo.Learner("policy", cfg, path, cpu, dtype)
+    ENGINES.append(rollout.Rollout(cfg, path, dtype, cpu))
+    return learner, ENGINES[-1]
+
+
+def in_sync(learner, engine):
+    """Drift before training, after training without a sync, and after a sync."""
+    samples, _ = sample(engine, 1)
+    before = drift(learner, samples)
+    for _ in range(3):
+        train(learner, samples, check=False)
+    stale = drift(learner, sample(engine, 2)[0])
+    engine.load_weights(learner.weights())
+    synced = drift(learner, sample(engine, 2)[0])
+    return {"before": before, "stale": stale, "synced": synced}
+
+
+def one_rank(tied, untied, bf16):
+    results = {}
+    learner, engine = start(untied)
+    results["untied"] = in_sync(learner, engine)
+    # What was sampled is what is trained on, at each temperature, and the same seed samples the same.
+    for temperature in TEMPERATURES:
+        learner.cfg.temperature = temperature
+        samples, ids_hash = sample(engine, 5, temperature)
+        results["sampled", temperature] = samples, drift(learner, samples)
+        again, same_hash = sample(engine, 5, temperature)
+        other, other_hash = sample(engine, 6, temperature)
+        results["seeds", temperature] = (samples, ids_hash), (again, same_hash), (other, other_hash)
+    learner.cfg.temperature = 1.0
+    results["bad syncs"] = bad_syncs(learner, engine)
+    results["stale fp32"] = stale_sync(learner, engine)
+    results["tied"] = in_sync(*start(tied))
+    learner, engine = start(bf16, torch.bfloat16)
+    results["healthy bf16"] = drift(learner, sample(engine, 1)[0])
+    results["stale bf16"] = stale_sync(learner, engine)
+    return results
+
+
+def stale_sync(learner, engine):
+    """A sync that takes all weights and keeps the old ones; what the next update says to it."""
+    engine.load_weights(learner.weights())
+    train(learner, sample(engine, 8)[0])
+    learner.lr = 0.02
+    for seed in (9, 10):
+        engine.load_weights(learner.weights())
+        train(learner, sample(engine, seed)[0])  # with every sync in place nothing is refused
+    for _ in learner.weights():
+        pass
+    stale, before = sample(engine, 11)[0], learner.updates
+    try:
+        train(learner, stale)
+    except ppo.DriftError as error:
+        return str(error), learner.updates == before
+    return None, False
+
+
+def bad_syncs(learner, engine):
+    """The messages of syncs that bring nothing, or not all."""
+
+    def outcome(weights):
+        try:
+            engine.load_weights(weights)
+        except rollout.SyncError as error:
+            return str(error)
+
+    def without(part):
+        return (pair for pair in learner.weights() if part not in pair[0])
+
+    messages = {"none": outcome(iter(())), "norm": outcome(without("model.norm.weight"))}
+    messages["layer"] = outcome(without("layers.1.mlp"))
+    messages["whole"] = outcome(learner.weights())
+    return messages, drift(learner, sample(engine, 4)[0])
+
+
+def tensor_parallel(tied, untied):
+    rank, results = torch.distributed.get_rank(), {}
+    for name, path in (("tied", tied), ("untied", untied)):
+        learner, engine = start(path, tensor_parallel=2)
+        results[name] = in_sync(learner, engine)
+    alike = sample(engine, 20)[1]
+    engine.cfg.max_response_tokens = (
+        1  # of unlike lengths one rank would wait for the other's next token for ever
+    )
+    results["hashes"] = {"alike": alike, "differently": sample(engine, 30 + rank)[1]}
+    return results
+
+
+# ---- The tests --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    def make(**settings):
+        return tiny_models.make_model(
+            tmp_path_factory.mktemp("model"), hidden=128, **settings
+        )  # heads of 32, for vLLM
+
+    return {"tied": make(tie=True), "untied": make(), "bf16": make(dtype=torch.bfloat16)}
+
+
+@pytest.fixture(scope="module")
+def one(folders, tmp_path_factory):
+    return ranks.run_ranks("test_rollout", "one_rank", 1, tmp_path_factory.mktemp("ranks"), **folders)[0]
+
+
+@pytest.fixture(scope="module")
+def two(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = {"tied": folders["tied"], "untied": folders["untied"]}
+    return ranks.run_ranks("test_rollout", "tensor_parallel", 2, folder, **paths)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_sync_on_one_rank(one, kind):
+    """vLLM's CPU build keeps a stale output head where embeddings are tied: it looks like training that learns nothing."""
+    check_sync(one[kind])
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_sync_with_tensor_parallel(two, kind):
+    """A shard of a weight that is taken from the wrong rank's half."""
+    for rank in two:
+        check_sync(rank[kind])
+
+
+def check_sync(drifts):
+    assert drifts["before"][0] < 1e-4
+    assert drifts["stale"][1] > 1e-2  # the updates did change the policy: otherwise this would prove nothing
+    assert drifts["synced"][0] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stale_sync_stops_the_next_update(one, dtype):
+    """For months TRL sampled from the base weights while it trained (TRL#5312), and nothing said so."""
+    message, not_applied = one[f"stale {dtype}"]
+    assert message and "stale weights in vLLM" in message and not_applied
+
+
+def test_bf16_in_sync_is_not_refused(one):
+    """A limit so tight that rounding alone stops healthy runs."""
+    assert one["healthy bf16"][1] < 0.05
+
+
+def test_incomplete_sync_is_refused(one):
+    """vLLM only warns about weights that no one sent, and trains on with the old ones."""
+    messages, (largest, _) = one["bad syncs"]
+    assert "sent 0 tensors" in messages["none"]
+    assert "model.norm.weight" in messages["norm"] and "embed" not in messages["norm"]
+    assert "layers.1.mlp" in messages["layer"] and "layers.0" not in messages["layer"]
+    assert messages["whole"] is None and largest < 1e-4  # a whole sync afterwards puts it right
+
+
+def test_tensor_parallel_ranks_agree_or_the_hash_differs(two):
+    """Ranks of one engine that are seeded differently return different tokens, with no error at all."""
+    hashes = [rank["hashes"] for rank in two]
+    assert hashes[0]["alike"] == hashes[1]["alike"]
+    assert hashes[0]["differently"] != hashes[1]["differently"]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_trained_on_is_what_was_sampled(one, temperature):
+    """Text that is tokenised again, end tokens cut off or added, log-probs before the temperature (TRL#4159): each
+    trains on something that was not sampled."""
+    samples, (largest, _) = one["sampled", temperature]
+    assert largest < 1e-4
+    endings = {check_ending(sample) for sample in samples}
+    assert endings == {"stop string", "end token", "other end token", "length"}, endings
+
+
+def check_ending(sample):
+    """How a response ended; its ids, log-probs and text must say the same."""
+    characters = [*tiny_models.CHARACTERS, "<end>", "<other end>"]
+    ids, ends = sample.response_ids.tolist(), (tiny_models.END, tiny_models.OTHER_END)
+    assert 1 <= len(ids) <= SETTINGS["max_response_tokens"] and len(sample.logprobs) == len(ids)
+    text = "".join(characters[i] for i in ids)
+    found = [stop for stop in SETTINGS["stop"] if stop in text]
+    assert not any(i in ends for i in ids[:-1])
+    assert not any(stop in "".join(characters[i] for i in ids[:-1]) for stop in SETTINGS["stop"])
+    if ids[-1] in ends:
+        assert sample.finish_reason == "stop" and sample.text in (text, text[: text.rindex("<")])
+        return "end token" if ids[-1] == ends[0] else "other end token"
+    assert sample.text == text
+    if found:
+        assert sample.finish_reason == "stop" and any(text.endswith(stop) for stop in found)
+        return "stop string"
+    assert sample.finish_reason == "length" and len(ids) == SETTINGS["max_response_tokens"]
+    return "length"
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_same_seed_samples_the_same(one, temperature):
+    """A generator that something else has moved on: runs that cannot be repeated."""
+    (first, first_hash), (again, same_hash), (other, other_hash) = one["seeds", temperature]
+    assert first_hash == same_hash != other_hash
+    for a, b in zip(first, again):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        assert a.logprobs.tolist() == b.logprobs.tolist()
+    assert any(a.response_ids.tolist() != b.response_ids.tolist() for a, b in zip(first, other))
+
+
+def test_every_end_token_of_a_model_folder(tmp_path):
+    """Chat models have two end tokens, one of them only in generation_config.json (TRL#7039)."""
+    for file, ids in (("config.json", 5), ("generation_config.json", [7, 5])):
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    assert rollout.end_tokens(str(tmp_path)) == [5, 7]
+    (tmp_path / "generation_config.json").unlink()
+    assert rollout.end_tokens(str(tmp_path)) == [5]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert rollout.end_tokens(str(tmp_path)) == []
