@@ -20,8 +20,6 @@ Everything above the Learner needs torch and numpy only.
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
 
-import heapq
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,44 +72,64 @@ def pack(lengths, budget, ranks, hidden_size):
     """Put samples into packs of at most `budget` tokens, as many packs on every rank and the same work on each.
 
     lengths [B]; returns plan[rank][i] = list of sample indices. All ranks have equally many packs, because ZeRO-3
-    gathers weights together, pack by pack; some may be empty. The number of packs is the least that fits.
+    gathers weights together, pack by pack; some may be empty. The number of packs is the least that a search finds to fit.
 
     Work of a sequence of l tokens: linear layers cost about 24·H² per token and causal attention 2·H·l, so
-    l · (1 + l / 12H) in units of a token. Longest first to the least loaded rank, there into the fullest pack that
-    still takes it (best fit).
+    l · (1 + l / 12H) in units of a token. Packs of like work meet at the same time, the heaviest of them on the
+    least loaded rank.
     """
     lengths = np.asarray(lengths)
     if lengths.max(initial=0) > budget:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
-    work = lengths * (1 + lengths / (12 * hidden_size))
-    num_packs = max(1, -(-int(lengths.sum()) // (budget * ranks)))
-    while True:
-        plan = try_pack(lengths, work, budget, ranks, num_packs)
-        if plan is not None:
-            for packs in plan:  # the heaviest packs of all ranks meet at the same time
-                packs.sort(key=lambda indices: -sum(work[indices]))
-            return plan
-        num_packs += 1
-
-
-def try_pack(lengths, work, budget, ranks, num_packs):
-    plan = [[[] for _ in range(num_packs)] for _ in range(ranks)]
-    free = [[(budget, i) for i in range(num_packs)] for _ in range(ranks)]  # per rank, sorted by free tokens
-    load = [(0.0, rank) for rank in range(ranks)]  # a heap: the least loaded rank first
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length, full = int(lengths[index]), []
-        while load and free[load[0][1]][-1][0] < length:
-            full.append(heapq.heappop(load))
-        if not load:
-            return None
-        total, rank = load[0]
-        tokens, i = free[rank].pop(bisect_left(free[rank], (length, -1)))
-        insort(free[rank], (tokens - length, i))
-        plan[rank][i].append(index)
-        heapq.heapreplace(load, (total + work[index], rank))
-        for entry in full:
-            heapq.heappush(load, entry)
+    failed = max(0, -(-int(lengths.sum()) // (budget * ranks)) - 1)
+    for k in range(1, 9):  # of samples longer than budget / (k + 1) at most k share a pack
+        failed = max(failed, -(-int((lengths * (k + 1) > budget).sum()) // (k * ranks)) - 1)
+    step = 1  # in doubling steps to a number of packs that fits, and in halving ones back to the least
+    while (packs := fill_packs(lengths.tolist(), budget, (failed + step) * ranks)) is None or step > 1:
+        failed, step = (failed + step, 2 * step) if packs is None else (failed, step // 2)
+    work = [sum(lengths[i] * (1 + lengths[i] / (12 * hidden_size)) for i in indices) for indices in packs]
+    order = np.argsort(work, kind="stable")[::-1]
+    plan, load = [[] for _ in range(ranks)], np.zeros(ranks)
+    for round_start in range(0, len(order), ranks):
+        for rank, i in zip(np.argsort(load, kind="stable"), order[round_start : round_start + ranks]):
+            plan[rank].append(packs[i])
+            load[rank] += work[i]
     return plan
+
+
+def fill_packs(lengths, budget, num_packs):
+    """All samples in `num_packs` lists of indices with nearly the same number of tokens, or None if they do not fit.
+
+    Each pack takes the longest sample that is left, and others that bring it up to its share of the tokens that are
+    left, or where they are too coarse for that, as close to the budget as they can: an exact subset sum over 64 or
+    more of them, spread over all lengths. Bit s of an integer says that some of them have s tokens together.
+    """
+    rest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    tokens, packs = sum(lengths), []
+    for packs_left in range(num_packs, 0, -1):
+        indices = rest[:1]
+        if rest:
+            share = max(0, -(-tokens // packs_left) - lengths[rest[0]])
+            room = (2 << budget - lengths[rest[0]]) - 1
+            others = rest[1 :: max(1, len(rest) // max(64, 2 * len(rest) // packs_left))]
+            sums = [1]
+            for i in others:
+                sums.append((sums[-1] | sums[-1] << lengths[i]) & room)
+            reachable = sums.pop()
+            best = (reachable & (2 << share) - 1).bit_length() - 1
+            if share - best > budget // 50:
+                best = reachable.bit_length() - 1
+            for i in reversed(others):
+                if not sums.pop() >> best & 1:  # not to be had without this one
+                    indices.append(i)
+                    best -= lengths[i]
+            taken = set(indices)
+            rest = [i for i in rest if i not in taken]
+            tokens -= sum(lengths[i] for i in indices)
+        packs.append(indices)
+        if tokens > budget * (packs_left - 1):
+            return None
+    return packs
 
 
 def make_pack(batch, indices, device, fields=()):
