@@ -191,6 +191,25 @@ def test_packing_of_one_critic_mini_batch(ranks):
         assert per_rank.max() <= 1.03 * per_rank.mean(), per_rank.max() / per_rank.mean()
 
 
+@pytest.mark.parametrize("shape", ["half cut off", "uniform", "all cut off"])
+def test_packing_of_coarse_lengths(shape):
+    """Two or three samples a pack: filling packs evenly leaves room that nothing fits into, and a search of thousands
+    of numbers of packs takes minutes."""
+    rng = np.random.default_rng(0)
+    long = rng.integers(5000, 10048, 1024)
+    cut_off = np.full(1024, 10048)
+    half = np.where(rng.random(1024) < 0.5, cut_off, rng.integers(6000, 7000, 1024))
+    lengths = {"half cut off": half, "uniform": long, "all cut off": cut_off}[shape]
+    free = []  # first fit, the longest first
+    for length in sorted(lengths.tolist(), reverse=True):
+        place = next((i for i, room in enumerate(free) if room >= length), len(free))
+        free[place:] = free[place:] or [BUDGET]
+        free[place] -= length
+    plan = ppo.pack(lengths, BUDGET, 1, HIDDEN)
+    check_plan(plan, lengths, BUDGET, 1)
+    assert len(plan[0]) <= len(free)
+
+
 @EXACT
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), ranks=st.integers(1, 9))
 def test_packing_keeps_every_sample_once(lengths, ranks):
