@@ -83,7 +83,7 @@ def train(cfg, workers, tasks, log):
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         with workers.phase("sync"):
-            workers.sync()
+            workers.call("sync")
 
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
@@ -148,10 +148,9 @@ def sample_metrics(samples, batch):
         "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
         "explained_var": float(1 - (batch.returns - batch.values).var() / variance) if variance > 0 else None,
         "tokens": int(batch.lengths.sum()),
-        "clipfrac_low": None,  # these three stay None where one update makes the ratio 1
-        "clipfrac_high": None,
-        "approx_kl": None,
-    }
+    } | dict.fromkeys(
+        ["clipfrac_low", "clipfrac_high", "approx_kl"]
+    )  # None where one update makes the ratio 1
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
@@ -161,12 +160,12 @@ class Worker:
     """Everything one GPU does: both Learners and the vLLM engine, in one process, taking turns."""
 
     def __init__(self, cfg, rank, log_dir):
-        self.cfg, self.rank, self.log_dir = cfg, rank, log_dir
+        self.cfg, self.rank = cfg, rank
         self.done = 0  # requests finished or packs processed in the call at work, for the progress bar
         os.makedirs(log_dir, exist_ok=True)
-        chatter = os.open(f"{log_dir}/worker_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(chatter, 1)
-        os.dup2(chatter, 2)
+        chatter = open(f"{log_dir}/worker_{rank}.log", "ab")
+        for stream in (1, 2):
+            os.dup2(chatter.fileno(), stream)
 
     def address(self):
         """This node's address and a free port on it."""
@@ -222,14 +221,10 @@ class Worker:
     def give_gpu_to(self, owner):
         """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
         self.done = 0
-        if owner == self.owner:
-            return
-        if self.owner == "rollout":
-            self.rollout.sleep()
-        else:
-            self.learners[self.owner].offload()
-        self.learners[owner].onload()
-        self.owner = owner
+        if owner != self.owner:
+            self.rollout.sleep() if self.owner == "rollout" else self.learners[self.owner].offload()
+            self.learners[owner].onload()
+            self.owner = owner
 
     def generate(self, requests, seed, temperature, top_p):
         """requests: (question, prompt_ids, reference answer, choices) each. Returns Samples in that order, and the
@@ -299,20 +294,17 @@ class Workers:
         have = int(ray.cluster_resources().get(what, 0))
         group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
         if have < cfg.workers or not group.wait(60):
-            place = f", {tp} of them on one node for each engine" if tp > 1 else ""
+            place = f", {tp} on one node for each engine" if tp > 1 else ""
             raise UserError(
-                f"workers={cfg.workers} needs {cfg.workers} free {what}s{place}; the Ray cluster has {have}"
+                f"workers={cfg.workers} needs as many free {what}s{place}; the Ray cluster has {have}"
             )
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
         share = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         share["runtime_env"] = {"env_vars": worker_env(cfg, on_gpu)}
         self.handles = []
         for rank in range(cfg.workers):
-            strategy = InGroup(group, placement_group_bundle_index=rank // tp)
-            handle = actor.options(scheduling_strategy=strategy, **share).remote(
-                cfg, rank, str(log.dir / "logs")
-            )
-            self.handles.append(handle)
+            share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
+            self.handles.append(actor.options(**share).remote(cfg, rank, str(log.dir / "logs")))
         address = ray.get(self.handles[0].address.remote())
         self.num_parameters = self.call("setup", *address)[0]
 
@@ -332,10 +324,8 @@ class Workers:
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
-        start, limit = (
-            time.monotonic(),
-            self.cfg.phase_timeout or max(600.0, 10 * self.longest.get(method, 0.0)),
-        )
+        start, longest = time.monotonic(), self.longest.get(method, 0.0)
+        limit = self.cfg.phase_timeout or max(600.0, 10 * longest)
         with self.log.progress(method, total) as show:
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
@@ -348,9 +338,9 @@ class Workers:
                 if pending and time.monotonic() - start > limit:
                     late = [rank for rank, ref in enumerate(refs) if ref in pending]
                     raise TimeoutError(
-                        f"{method} took over phase_timeout={limit:.0f} s on ranks {late}; see logs/"
+                        f"{method}: over phase_timeout={limit:.0f} s on ranks {late}; see logs/"
                     )
-        self.longest[method] = max(self.longest.get(method, 0.0), time.monotonic() - start)
+        self.longest[method] = max(longest, time.monotonic() - start)
         return self.ray.get(refs)
 
     def generate(self, prompts, num_samples, purpose, step):
@@ -360,28 +350,25 @@ class Workers:
         num_engines = cfg.workers // tp
         snake = [*range(num_engines), *reversed(range(num_engines))]
         shares = [[] for _ in range(num_engines)]
-        for place, i in enumerate(
-            np.argsort([-len(prompt.ids) for prompt in prompts], kind="stable").tolist()
-        ):
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        for place, i in enumerate(order):
             request = (i, prompts[i].ids, prompts[i].question.answer, prompts[i].question.choices)
             shares[snake[place % len(snake)]] += [request] * num_samples
-        sampling = (
-            (cfg.eval_temperature, cfg.eval_top_p) if purpose == "eval" else (cfg.temperature, cfg.top_p)
-        )
-        # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
-        seeds = [
-            int(rng_for(cfg.seed, step, purpose, engine).integers(2**31)) for engine in range(num_engines)
-        ]
-        per_rank = [(shares[rank // tp], seeds[rank // tp], *sampling) for rank in range(cfg.workers)]
+        is_eval = purpose == "eval"
+        sampling = (cfg.eval_temperature, cfg.eval_top_p) if is_eval else (cfg.temperature, cfg.top_p)
+        per_rank = []
+        for engine in (rank // tp for rank in range(cfg.workers)):
+            # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
+            seed = int(rng_for(cfg.seed, step, purpose, engine).integers(2**31))
+            per_rank.append((shares[engine], seed, *sampling))
         results = self.call("generate", per_rank=per_rank, total=tp * len(prompts) * num_samples)
         for rank, (_, ids_hash) in enumerate(results):
             if ids_hash != results[rank - rank % tp][1]:
                 raise RuntimeError(
                     f"rank {rank} sampled other tokens than the rest of its tensor-parallel group"
                 )
-        return sorted(
-            (sample for samples, _ in results for sample in samples), key=lambda sample: sample.question
-        )
+        samples = [sample for share, _ in results for sample in share]
+        return sorted(samples, key=lambda sample: sample.question)
 
     def forward(self, kind, batch, plan):
         """V(s_t) or log π(a_t|s_t) for every response token of the batch, fp32 [N] in the batch's order."""
@@ -405,9 +392,6 @@ class Workers:
             metrics[name] = float(amount / count) if count else None
         maxima = {name: max(extras[name] for _, extras in results) for name in extra}
         return metrics | maxima
-
-    def sync(self):
-        self.call("sync")
 
     def export(self, tokenizer):
         """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
