@@ -91,7 +91,7 @@ def test_packed_critic_equals_one_sequence_at_a_time(folder):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
     """[N, V] logits in full are 33 GB for 55,000 tokens of Qwen's vocabulary; chunks must change no value or gradient."""
-    num_tokens, hidden_size, vocabulary, chunk = 37, 16, 97, 5
+    num_tokens, hidden_size, vocabulary, chunk = 37, 4, 97, 5  # H < chunk: Wᵀ is smaller than a chunk
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size)
     weight, offset = torch.randn(vocabulary, hidden_size), torch.randn(vocabulary) if bias else None
