@@ -45,6 +45,7 @@ MAX_WHOLE = 20000  # n of n! and of binomials
 BITS, BITS_OF_CONSTANTS, BITS_OF_INTEGERS = 1 << 10, 1 << 12, 1 << 15
 MP = MPContext()  # of our own: mpmath's global precision is left alone
 MP.prec = BITS_OF_CONSTANTS
+TINY = MP.ldexp(1, -900)
 
 
 def extract_answer(response: str) -> str:
@@ -65,9 +66,7 @@ def extract_answer(response: str) -> str:
 
 # -- normalise: one spelling for the same mathematics -----------------------------------------------------------
 
-FUNCTIONS = (
-    "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|lg|exp|gcd|min|max|abs|floor|ceil"
-)
+FUNCTIONS = "arcsin|arccos|arctan|arccot|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|lg|exp|gcd|min|max|abs|floor|ceil"
 NAME = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?'*"
 BARE = r"(?<![\\a-zA-Z])(?:{})(?![a-zA-Z])"
 PLAIN_LATEX = r"- - / ° \cdot \times \pi \infty \cup \cap \pm \mp \emptyset \R \theta".split()
@@ -102,6 +101,16 @@ REWRITES = [
     (rf'" ?({FUNCTIONS}|pi) ?"|(?<![\\a-zA-Z])({FUNCTIONS}|sqrt|pi|infty)(?![a-zA-Z])', r"\\\1\2 "),
     (BARE.format("and|or") + r"|\\lor(?![a-z])|\\vee(?![a-z])", ","),
     (r'" ?, ?"|, ?,', ","),
+    (r'" ?(/|\\cdot) ?"', r"\1"),
+    (r'^" ?(?:(?:[tT]he )?[aA]nswer(?: is)?:?|[oO]ption|approximately) ?("?)(?=.)', r'"\1'),
+    (r'^""', ""),
+    (r"^(?:[tT]he )?[aA]nswer(?: is)?:? |^ ?\\approx", ""),
+    (r'^"?all real numbers"?$', r"\\R "),
+    (r'^(-?) ?"?infinity"?$', r"\1\\infty "),
+    (r'(?<=\d)(?:"| ?\^ ?\{? ?")(?:st|nd|rd|th)" ?\}?', ""),
+    (r", ?[a-z] ?\\in ?\\math(?:bb|bf) ?\{?[ZN].*$", ""),  # for all integers k
+    (r"^ ?[fgh] ?\([a-z]\) ?=", "y="),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\([%$])", r"\1"),
     (r'\^ ?\{? ?\\circ ?\}?|\\degree|" ?degrees? ?"|' + BARE.format("degrees?"), "°"),
     (r"\\leqslant|\\leq|\\le|<=", "≤"),
@@ -110,11 +119,8 @@ REWRITES = [
     (r"\\in(?!f|t)", "∈"),
     (r"\\approx", "≈"),
     (r"\\[lr]?vert", "|"),
-    (r".*(?:\\equiv|≡)", ""),  # of x ≡ 3 (mod 7) the class
-    (
-        r'\( ?\\?"? ?[pb]?mod ?"?([^()]*)\)|(?:\\[pb]?mod|" ?mod ?"|' + BARE.format("mod") + ") ?",
-        r"\\mod \1 ",
-    ),
+    (r"^.*(?:\\equiv|≡)", ""),  # of x ≡ 3 (mod 7) the class
+    (r'\( ?\\?"? ?[pb]?mod ?"?([^()]*)\)|\\[pb]?mod|" ?mod ?"|(?<= )mod(?= )', r"\\mod \1 "),
     *((rf'" ?{word} ?"', rf"\\cdot {factor} ") for word, factor in MAGNITUDES.items()),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(frac|sqrt|binom) ?(\d|[a-zA-Z]|\\pi(?![a-z]))", r"\\\1{\2}"),
@@ -124,15 +130,17 @@ REWRITES = [
     (r"^([^{}]*)\\over([^{}]*)$|\{([^{}]*)\\over([^{}]*)\}", r"\\frac{\1\3}{\2\4}"),
     (r"\\l(floor|ceil)", r"\\\1("),
     (r"\\r(?:floor|ceil)", ")"),
-    (r"\\(?:l|c)?dots", r"\\ldots "),
+    (r"\\[lc]?dots|\.\.\.", r"\\ldots "),
     (r"\\begin\{(?:[pbBs]|small)?(?:matrix|array)\}(?:\{[clr| ]*\})?", r"\\begin "),
     (r"(?:\\\\)? *\\end\{\w+\}", r"\\end "),
     (r"^\\\{ ?[a-zA-Z] ?(?:∈ ?\\R ?)?(?:\\mid|\||:)(?=.*[<>≤≥≠])(.*)\\\}$", r"\1"),  # {x | condition}
     (rf"^ ?{NAME} ?∈", ""),
     (rf"^ ?{NAME} ?≠(.*)$|^\\R *\\setminus *\\\{{([^,]*)\\\}}$", r"(-\\infty ,\1\2)\\cup (\1\2,\\infty )"),
+    (rf"^ ?\|({NAME})\| ?([<≤])(.*)$", r"-(\3)\2\1\2\3"),
     (r"\|([^|]*)\|", r"\\abs(\1)"),
     (r"^[A-Z] ?(?=\(.*,.*\)$)", ""),  # a named point
-    (r"(?:[^,\\{}]|\{[^{}]*\}|\\[^{}])*\\(?:pm|mp)(?:[^,\\{}]|\{[^{}]*\}|\\[^{}])*", both_signs),
+    (r"(?:^|(?<=,)|(?<=\\\{))(?:[^,\\]|\\[^{}])*\\(?:pm|mp)(?:[^,\\]|\\[^{}])*", both_signs),
+    (r"^ ?\{([^{}]*)\} ?$", r"\1"),
     (rf"(?<=[\d}}])({UNIT})(?=(?:\^\{{?\d\}}?)? ?(?:[,;)%]|$))", r'"\1"'),  # a bare unit is text, too
     (r"^[ ,;:]+|[ ,;:.]+$|(?:\\\\)+$", ""),
 ]
@@ -141,13 +149,10 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRI
 
 def normalise(text: str) -> str:
     """One spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
-    if len(text) > MAX_CHARS or any(
-        unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t\r" for c in text
-    ):
-        raise ValueError("too long, or with control characters")
+    controls = any(unicodedata.category(c) in ("Cc", "Cf") for c in text if c not in "\n\t\r")
+    if controls or len(text) > MAX_CHARS or text.count("\\boxed") > 1:
+        raise ValueError("too long, with control characters, or two answers")
     text = text.strip().translate(SPELLINGS)
-    if text.count("\\boxed") > 1:
-        raise ValueError("of several boxes none is the answer")
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return unicodedata.normalize("NFKC", text).strip()
@@ -160,7 +165,14 @@ def power(x, y):
     """x^y, where odd roots of negative numbers are real."""
     if x != 0 and abs(y * MP.mag(x)) > MAX_BITS:
         raise ValueError("too large a power")
-    if MP.isint(x) and MP.isint(y) or MP.im(x) != 0 or x >= 0 or y == 0 or not close(1 / y, MP.nint(1 / y)):
+    if (
+        MP.isint(x)
+        and MP.isint(y)
+        or MP.im(x) != 0
+        or MP.re(x) >= 0
+        or y == 0
+        or not close(1 / y, MP.nint(1 / y))
+    ):
         return MP.power(x, y)
     return -MP.power(-x, y) if int(MP.nint(1 / y)) % 2 else MP.power(x, y)
 
@@ -187,33 +199,27 @@ BINARY = {r"\\": (0, join("rows")), "&": (1, join("row")), ",": (2, join("list")
 BINARY |= {sign: (3, join(sign)) for sign in ("=", "<", "≤", r"\parallel", r"\perp")}
 BINARY |= {">": (3, lambda a, b: ("<", [b, a])), "≥": (3, lambda a, b: ("≤", [b, a]))}
 BINARY |= {r"\cup": (4, join("union")), r"\mod": (5, join("mod")), ":": (6, join("ratio"))}
-BINARY |= {
-    "+": (7, operator.add),
-    "-": (7, operator.sub),
-    "/": (8, operator.truediv),
-    r"\div": (8, operator.truediv),
-}
+BINARY |= {"+": (7, operator.add), "-": (7, operator.sub)}
 BINARY |= dict.fromkeys(("*", r"\cdot", r"\times"), (PRODUCT, operator.mul))
+BINARY |= dict.fromkeys(("/", r"\div"), (PRODUCT, operator.truediv))
 POSTFIX = {"!": whole(math.factorial), "!!": whole(lambda n: math.prod(range(n, 0, -2)))}
 POSTFIX |= {"%": lambda x: x / 100, "°": lambda x: x}
 TRIGONOMETRIC = "sin", "cos", "tan", "cot", "sec", "csc"
 CALLS = {name: getattr(MP, name) for name in (*TRIGONOMETRIC, "sinh", "cosh", "tanh", "ln", "exp")}
-CALLS |= {"arc" + name: getattr(MP, "a" + name) for name in ("sin", "cos", "tan")}
+CALLS |= {"arc" + name: getattr(MP, "a" + name) for name in TRIGONOMETRIC[:4]}
 CALLS |= {"log": MP.ln, "lg": MP.log10, "abs": abs, "min": min, "max": max, "gcd": whole(math.gcd)}
-CALLS |= {
-    "floor": lambda x: MP.floor(x + MP.ldexp(1, -999)),
-    "ceil": lambda x: MP.ceil(x - MP.ldexp(1, -999)),
-}
+CALLS |= {"floor": lambda x: MP.floor(x + TINY), "ceil": lambda x: MP.ceil(x - TINY)}
 BUILDERS = "frac", "sqrt", "binom"
 CONSTANTS = {"i": MP.mpc(0, 1), "e": +MP.e, r"\pi": +MP.pi, r"\infty": MP.inf, r"\emptyset": ("set", [])}
 CONSTANTS |= {r"\varnothing": ("set", []), r"\R": ("()", [-MP.inf, MP.inf])}
 OPENERS = "(", "[", "{", r"\{", r"\langle", r"\begin"
 BRACKETS = "()", "[]", "[)", "(]", "{}", r"\{\}", r"\langle\rangle", r"\begin\end"
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:\\(?:overline|bar|dot) ?\{?\d+\}?|[eE][+-]?\d{1,4}(?![a-zA-Z\d]))?"
+COMMANDS = ["\\" + name for name in ("}", "rangle", "end", *CALLS, *BUILDERS)]
+RESERVED = {*BINARY, *CONSTANTS, *OPENERS, *COMMANDS}
 # In \cosx the command is the longest that is known; an unknown one is a symbol.
-KNOWN = [name for name in (*BINARY, *CONSTANTS, *OPENERS, r"\}", r"\rangle", r"\end") if name[0] == "\\"]
-KNOWN = "|".join(map(re.escape, sorted([*KNOWN, *("\\" + name for name in BUILDERS)], key=len, reverse=True)))
-TOKEN = re.compile(rf"{NUMBER}|\\(?:{FUNCTIONS})|{KNOWN}|{NAME}|!!|\S")
+KNOWN = sorted((re.escape(name) for name in RESERVED if name[0] == "\\"), key=len, reverse=True)
+TOKEN = re.compile(rf"{NUMBER}|{'|'.join(KNOWN)}|{NAME}|!!|\S")
 
 
 def number(token: str):
@@ -221,10 +227,8 @@ def number(token: str):
     head, _, period = token.partition("\\")
     mantissa, _, exponent = head.lower().partition("e")
     whole_part, _, decimals = mantissa.partition(".")
-    period = re.sub(r"\D", "", period)
-    value = MP.mpf(int(whole_part + decimals)) + (
-        MP.mpf(int(period)) / (10 ** len(period) - 1) if period else 0
-    )
+    period = re.sub(r"\D", "", period) or "0"
+    value = int(whole_part + decimals) + MP.mpf(int(period)) / (10 ** len(period) - 1)
     return value * MP.mpf(10) ** (int(exponent or 0) - len(decimals))
 
 
@@ -234,7 +238,8 @@ class Evaluator:
     A value is a number, or (kind, [values]): list, set, tuple by its brackets, union, rows, ratio, relation.
     """
 
-    def __init__(self, text: str, point: dict):
+    def __init__(self, text: str, point: dict, real: bool = False):
+        self.real = real
         self.tokens = [*TOKEN.findall(text), ""]
         self.point = CONSTANTS | point
         self.at = self.depth = 0
@@ -285,6 +290,8 @@ class Evaluator:
             token = self.take()
             result = power(result, self.operand()) if token == "^" else POSTFIX[token](result)
         self.depth -= 1
+        if self.real and type(result) is not tuple and MP.im(result) != 0:
+            raise ZeroDivisionError("not a real number here")
         return result
 
     def atom(self):
@@ -340,10 +347,7 @@ def values_at_points(a: str, b: str) -> list[tuple]:
     """Pairs of values at fixed points: j, k … n positive integers, other symbols fractions, once negative."""
     if re.search(r"(?<![\\a-zA-Z{])[a-zA-Z]{4}", a + " " + b):
         raise ValueError("words are not products of letters")
-    words = sorted(
-        {token for token in TOKEN.findall(a + " " + b) if re.fullmatch(NAME, token)} - {*CONSTANTS}
-    )
-    symbols = [name for name in words if name not in BINARY and name[1:] not in (*CALLS, *BUILDERS)]
+    symbols = sorted({token for token in TOKEN.findall(a + b) if re.fullmatch(NAME, token)} - RESERVED)
     of_integers = not re.search(r"[a-zA-Z]", re.sub(r"\\(frac|cdot|times|binom)", "", a + b))
     MP.prec = BITS if symbols else BITS_OF_INTEGERS if of_integers else BITS_OF_CONSTANTS
     pairs = []
@@ -353,11 +357,12 @@ def values_at_points(a: str, b: str) -> list[tuple]:
             natural = MP.mpf((3, 4, 5, 8, 7)[trial] + (3 * rank if trial % 2 else 2 * (len(symbols) - rank)))
             point[name] = natural if name[0] in "jklmnN" else MP.mpf(7 + 10 * rank + 3 * trial) / divisor
         try:
-            x, y = Evaluator(a, point).value(), Evaluator(b, point).value()
+            # √(a²b) is a√b for lengths: nothing complex where they are negative.
+            pairs.append(tuple(Evaluator(text, point, divisor < 0).value() for text in (a, b)))
         except ZeroDivisionError:
             continue
-        if divisor > 0 or all(type(v) is tuple or close(MP.im(v), 0) for v in (x, y)):
-            pairs.append((x, y))  # where lengths are negative, √(a²b) is not a√b
+    if len(pairs) < (3 if symbols else 1):
+        raise ValueError("hardly defined anywhere")
     return pairs
 
 
@@ -374,6 +379,9 @@ def close(x, y) -> bool:
     return abs(x - y) <= MP.ldexp(size, 100 - MP.prec)
 
 
+ALIKE = {"list", "set"}, {"list", "()"}, {"()", "rows", r"\langle\rangle"}  # a vector, in a row or a column
+
+
 def agree(a, b) -> bool:
     """Whether two values are the same: lists, sets and unions in any order, everything else in order."""
     if type(a) is not tuple and type(b) is not tuple:
@@ -384,16 +392,16 @@ def agree(a, b) -> bool:
             return agree(items[0] / items[1], other)
         return kind == "set" and len(items) == 1 and agree(items[0], other)
     kinds, items, others = {a[0], b[0]}, a[1], b[1]
-    if len(items) != len(others) or len(kinds) > 1 and kinds not in ({"list", "set"}, {"list", "()"}):
+    if len(items) != len(others) or len(kinds) > 1 and not any(kinds <= alike for alike in ALIKE):
         return False
     if kinds == {"list", "()"} and len(items) < 3:
         return False  # a pair in parentheses is a point or an interval
     if kinds == {"mod"}:
         steps = (items[0] - others[0]) / others[1]
         return close(items[1], others[1]) and close(steps, MP.nint(steps))
-    if kinds == {"ratio"} and not any(
-        len(x) == 2 and 10 <= x[1] < 60 for x in (items, others)
-    ):  # 11:50 is a time
+    if kinds == {"ratio"} and (
+        len(items) > 2 or not any(10 <= x[1] < 60 for x in (items, others))
+    ):  # not 11:50
         return all(close(x * others[0], items[0] * y) for x, y in zip(items, others, strict=True))
     if kinds <= {"list", "set", "union"}:
         left = list(others)
@@ -420,16 +428,13 @@ def is_rounding(decimal: str, value) -> bool:
     match = re.fullmatch(r"-?(\d*)\.(\d+)", decimal.strip())
     if not match or len(match[2]) < 2 and len(match[1]) < 2 or MP.im(value) != 0:
         return False
-    scaled = value * MP.mpf(10) ** 100
-    return (
-        not close(scaled, MP.nint(scaled))
-        and abs(value - Evaluator(match[0], {}).value()) * 2 * 10 ** len(match[2]) <= 1
-    )
+    scaled, error = value * MP.mpf(10) ** 100, abs(value - Evaluator(match[0], {}).value())
+    return not close(scaled, MP.nint(scaled)) and error * 2 * 10 ** len(match[2]) <= 1
 
 
 UNITS = """mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, in inch inche,
-    ft foot feet, mi mile, g gram, kg kilogram, lb pound, s sec second, min minute, h hr hour, l liter litre, $ dollar,
-    ml milliliter millilitre, € euro, ¢ cent, v volt, w watt, j joule, n newton, % percent"""
+    ft foot feet, mi mile, g gram, kg kilogram, lb pound, s sec second, min minute, h hr hour, l liter litre,
+    $ dollar usd, ml milliliter millilitre, € euro, ¢ cent, v volt, w watt, j joule, n newton, % percent"""
 UNITS = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
 
 
@@ -439,7 +444,10 @@ def split_unit(text: str) -> tuple[str, str]:
     if not match:
         return text, ""
     words = match[1] + match[3].lower().replace(" per ", "/")
-    if re.search(r"[,<>=]|\b(not|than|least|most|more|less|fewer|to|between)\b", words):
+    if re.search(
+        r"[,<>=]|\b(not|than|least|most|more|less|fewer|to|between|trillion|tenths|hundredths|squared)\b",
+        words,
+    ):
         raise ValueError("a bound, not a unit")
     words = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", words))
     words = [UNITS.get(word) or word.removesuffix("s") for word in re.findall(r"\w+|[^\w\s\"{}.]", words)]
@@ -449,9 +457,9 @@ def split_unit(text: str) -> tuple[str, str]:
 def gather(text: str) -> str:
     """Equations in a row as one: b=7, a=332 is (a,b)=(332,7), and x=1, x=2 (or x=1, 2) is x={1,2}."""
     pieces = [re.fullmatch(rf" ?(?:({NAME}) ?=)?([^=]*)", piece) for piece in text.split(",")]
-    if len(pieces) < 2 or None in pieces or not pieces[0][1]:
+    if len(pieces) < 2 or None in pieces or not pieces[0][1] or re.search(r"[(\[]", text):
         return text
-    names = {piece[1] for piece in pieces if piece[1]}
+    names = {piece[1].partition("_")[0] for piece in pieces if piece[1]}
     if len(names) == 1:
         return rf"{pieces[0][1]}=\{{{','.join(piece[2] for piece in pieces)}\}}"
     pieces.sort(key=lambda piece: piece[1] or "")
@@ -462,11 +470,8 @@ def stated(text: str) -> str:
     """What an equation states: 5 of x = y = 5, x^2 of f(x) = x^2, 1023 of 2^{10} − 1 = 1023."""
     sides = text.split("=")
     # A name has no digits, except in subscripts and arguments.
-    named = [
-        side
-        for side in sides
-        if not re.search(r"\d", re.sub(r"_\{[^{}]*\}|_\w|^ ?[fghFGPQ]\(.*\)", "", side))
-    ]
+    argument = re.compile(r"_\{[^{}]*\}|_\w|^ ?[fghFGPQ]\(.*\)")
+    named = [side for side in sides if not re.search(r"\d", argument.sub("", side))]
     if len(named) == len(sides):  # n = m + p names n
         named = [side for side in sides[:1] if re.fullmatch(rf" ?{NAME} ?(\(.*\))? ?", side)]
     rest = [side for side in sides if side not in named]
@@ -532,7 +537,7 @@ def equal(a: str, b: str) -> bool:
 
 # -- the verdict --------------------------------------------------------------------------------------------------
 
-PLAIN = re.compile(r"-?(?:0|[1-9]\d*)")
+PLAIN = re.compile(r"0|-?[1-9]\d*")
 GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]|\.\d*,| \d)")
 BASED = re.compile(r'\(?"?(\d[0-9A-F]*|[A-F]+\d[0-9A-F]*)"?\)? ?_\{?(-?\d+)\}?')
 CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+"? *(.*)|"?)', re.IGNORECASE)

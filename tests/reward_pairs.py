@@ -731,6 +731,61 @@ PAIRS = {
     ],
 }
 
+# Written after the first grader, from what it got wrong or might: the rules they guard were found missing.
+PAIRS["found later"] = [
+    (r"\text{The answer is } 5", r"5", True, "a sentence around the answer"),
+    (r"\text{The answer is } 6", r"5", False, "a sentence around another answer"),
+    (r"The answer is B", r"B", True, "a sentence around a letter"),
+    (r"\text{Option B}", r"B", True, "the word option"),
+    (r"\text{Option B or C}", r"B", False, "two options"),
+    (r"\text{approximately } 5", r"5", True, "approximately"),
+    (r"\approx 3.14", r"3.14", True, "a leading approximation sign"),
+    (r"12.50 \text{ USD}", r"\$12.50", True, "a currency's code"),
+    (r"x_1 = 1, x_2 = 2", r"2, 1", True, "numbered roots"),
+    (r"x_1 = 1, x_2 = 3", r"2, 1", False, "a numbered root wrong"),
+    (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", r"(1,2,3)", True, "a column for a vector"),
+    (r"\begin{pmatrix}1\\3\\2\end{pmatrix}", r"(1,2,3)", False, "another column"),
+    (r"\langle 1,2 \rangle", r"(1,2)", True, "angle brackets for a vector"),
+    (r"{10 \choose 3}", r"120", True, "plain TeX choose"),
+    (r"f(x)=2x+1", r"y=2x+1", True, "a function for a line"),
+    (r"f(x)=2x+1", r"y=2x-1", False, "another function for a line"),
+    (r"-0", r"0", True, "negative zero"),
+    (r"\mathbf{B}", r"B", True, "bold mathematics"),
+    (r"A = (1,2)", r"(1,2)", True, "a named tuple"),
+    (r"A = (2,1)", r"(1,2)", False, "a named swapped tuple"),
+    (r"2\pi k, k \in \mathbb{Z}", r"2k\pi", True, "for all integers"),
+    (r"\sqrt{x}\sqrt{y}", r"\sqrt{xy}", True, "where roots are real"),
+    (
+        r"\dfrac{-1\pm\sqrt{5}}{2}",
+        r"\frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}",
+        True,
+        "plus-minus in a fraction",
+    ),
+    (r"\frac{-1\pm\sqrt{5}}{2}", r"\frac{1\pm\sqrt{5}}{2}", False, "a sign beside plus-minus"),
+    (r"\cot^{-1}(1)", r"\frac{\pi}{4}", True, "inverse cotangent"),
+    (r"10 \mathrm{~m} / \mathrm{s}", r"10", True, "a unit in pieces"),
+    (r"10 \mathrm{~m} / \mathrm{s}", r"10 \text{ km/h}", False, "another unit in pieces"),
+    (r"\text{all real numbers}", r"\mathbb{R}", True, "the real line in words"),
+    (r"0", r"\binom{k-1}{n-1}", False, "zero only for some n"),
+    (r"0", r"Anyintegervaluefrom0to45", False, "a word is not a product"),
+    (r"x>2 \text{ and } x<5", r"(2,5)", True, "both inequalities"),
+    (r"|x|<1", r"(-1,1)", True, "a bounded absolute value"),
+    (r"x \geq 3 \text{ and } x \neq 5", r"[3,5) \cup (5,\infty)", True, "an inequality without a point"),
+    (r"\text{six}", r"6", True, "a number in words"),
+    (r"\text{(i)}", r"\text{i}", True, "a Roman numeral"),
+    (r"7^{\text{th}}", r"7", True, "an ordinal"),
+    (r"9:30 \text{ a.m.}", r"9:30 am", True, "full stops in a unit"),
+    (r"1011_{\text{two}}", r"1011_2", True, "a base in words"),
+    (r"\text{infinity}", r"\infty", True, "infinity in words"),
+    (
+        r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}",
+        r"\begin{pmatrix}1\\2\end{pmatrix}",
+        True,
+        "a factor of a matrix",
+    ),
+    (r"\text{Yes, it is}", r"\text{Yes}", True, "a sentence after yes"),
+]
+
 LETTERS = {"A": "d", "B": "a", "C": "b", "D": "c"}
 ENERGIES = {"A": "10^{-11} eV", "B": "10^{-8} eV", "C": "10^{-9} eV", "D": "10^{-4} eV"}
 WORDS = {"A": "The first one", "B": "The second one", "C": "Both", "D": "3.5"}

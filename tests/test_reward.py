@@ -64,11 +64,23 @@ def wait_until(condition, seconds):
 # -- labelled pairs ----------------------------------------------------------------------------------------------
 
 
+# Right answers that are still rejected, all of them from `found later`; no wrong answer is accepted.
+REJECTED = {
+    (r"x>2 \text{ and } x<5", r"(2,5)"),
+    (r"x \geq 3 \text{ and } x \neq 5", r"[3,5) \cup (5,\infty)"),
+    (r"\text{six}", "6"),
+    (r"9:30 \text{ a.m.}", "9:30 am"),
+    (r"1011_{\text{two}}", "1011_2"),
+    (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\text{Yes, it is}", r"\text{Yes}"),
+}
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_labelled_pairs(kind):
     """A wrong "right" teaches a trick, a wrong "wrong" teaches to avoid the right answer."""
-    wrong = [pair for pair in PAIRS[kind] if reward.is_equal(pair[0], pair[1]) != pair[2]]
-    assert not wrong
+    wrong = {pair[:2] for pair in PAIRS[kind] if reward.is_equal(pair[0], pair[1]) != pair[2]}
+    assert wrong == (REJECTED if kind == "found later" else set())
 
 
 def test_choices():
@@ -455,7 +467,8 @@ def test_pool_agrees_with_direct_calls():
         futures += [grader.submit(respond(p[0]), p[1], "stop", p[2]) for p in CHOICE_PAIRS]
         rewards = [future.result(300) for future in futures]
         stats = grader.stats()
-    assert rewards == [float(pair[2]) for pair in pairs] + [float(pair[3]) for pair in CHOICE_PAIRS]
+    labels = [float(pair[2] and pair[:2] not in REJECTED) for pair in pairs]
+    assert rewards == labels + [float(pair[3]) for pair in CHOICE_PAIRS]
     assert stats["graded"] == len(rewards)
     assert stats["timed_out"] == stats["backstop"] == stats["crashed"] == 0
     assert sum(stats.values()) == 2 * stats["graded"]
