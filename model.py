@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -50,17 +49,22 @@ def packed_attention(
         ], None
 
     # CPU: pad on the right, where a causal query never looks, and drop the padding again.
-    lengths = cu_seqlens.diff()
-    query, key, value = (
-        pad_sequence(x.split(lengths.tolist()), batch_first=True).transpose(1, 2) for x in (query, key, value)
-    )  # [B, A, L, D]
+    real = torch.arange(max_seqlen) < cu_seqlens.diff()[:, None]  # [B, L]
+
+    def padded(x):
+        out = x.new_zeros(*real.shape, *x.shape[1:])  # [B, L, A, D]
+        out[real] = (
+            x  # at once: pad_sequence writes a row at a time, and its backward copies everything for each
+        )
+        return out.transpose(1, 2)  # [B, A, L, D]
+
+    query, key, value = padded(query), padded(key), padded(value)
     mask = None
     if sliding_window is not None and sliding_window < max_seqlen:
         mask = torch.ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - sliding_window)  # [L, L]
     out = F.scaled_dot_product_attention(
         query, key, value, mask, scale=scaling, is_causal=mask is None, enable_gqa=grouped
     )  # [B, A, L, D]
-    real = torch.arange(max_seqlen) < lengths[:, None]  # [B, L]
     return out.transpose(1, 2)[real][None], None  # [1, T, A, D]
 
 

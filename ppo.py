@@ -300,7 +300,7 @@ class Learner:
                 total = vector.detach().double().sum()
                 sums[name] = sums.get(name, 0) + torch.stack([total, torch.full_like(total, len(vector))])
             if "drift_mean" in vectors and len(loss):
-                self.drift_max = max(self.drift_max, float(vectors["drift_mean"].max()))
+                self.drift_max = max(self.drift_max, float(vectors["drift_mean"].detach().max()))
             self.tick()
         totals = torch.stack(list(sums.values()))  # [M, 2]
         torch.distributed.all_reduce(totals)
