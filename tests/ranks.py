@@ -4,9 +4,11 @@ run_ranks("test_learner", "updates", 2, folder, **arguments) calls test_learner.
 returns what each returned. A rank that raises fails the test with its log; one that hangs is killed at the deadline.
 """
 
+import ctypes
 import importlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -88,6 +90,7 @@ def run_ranks(module, function, world_size, folder, deadline=300, **arguments):
 
 
 def main(folder, rank):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a killed test run
     import deepspeed.ops
     import torch
 
