@@ -196,6 +196,9 @@ def save_pretrained(network, state_dict, folder):
     """Write `state_dict` (whole tensors, named as in `network`) as a Hugging Face folder of safetensors."""
     if isinstance(network, Policy):
         state_dict = {name.removeprefix("hf."): tensor for name, tensor in state_dict.items()}
+        network.hf.generation_config.do_sample = (
+            True  # else a temperature in it, as some models have, is refused
+        )
         network.hf.save_pretrained(folder, state_dict=state_dict)
     else:
         network.model.save_pretrained(folder, state_dict=state_dict)
