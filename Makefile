@@ -5,12 +5,13 @@
 PYTHON ?= python3
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 NO_DEPS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--no-deps)
+CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
 INSTALL := .venv/bin/pip install --quiet --disable-pip-version-check $(NO_DEPS) -r $(REQUIREMENTS)
 
 .PHONY: demo test soak lines
 
 demo: .venv/installed
-	@n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; .venv/bin/python launch.py configs/tiny.py --name=demo-$$n
+	@n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; .venv/bin/python launch.py configs/tiny.py $(CPU_WORKERS) --name=demo-$$n
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q --durations=10
