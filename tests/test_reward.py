@@ -68,7 +68,6 @@ def wait_until(condition, seconds):
 REJECTED = {
     (r"x>2 \text{ and } x<5", r"(2,5)"),
     (r"x \geq 3 \text{ and } x \neq 5", r"[3,5) \cup (5,\infty)"),
-    (r"\text{six}", "6"),
     (r"9:30 \text{ a.m.}", "9:30 am"),
     (r"1011_{\text{two}}", "1011_2"),
     (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
