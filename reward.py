@@ -161,7 +161,7 @@ def normalise(text: str) -> str:
     text = text.strip().translate(SPELLINGS)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    return unicodedata.normalize("NFKC", text).strip()
+    return re.sub(" +", " ", unicodedata.normalize("NFKC", text)).strip()
 
 
 # -- Evaluator: the value of an answer at a point ----------------------------------------------------------------
@@ -357,14 +357,17 @@ def values_at_points(a: str, b: str) -> list[tuple]:
     of_integers = not re.search(r"[a-zA-Z]", re.sub(r"\\(frac|cdot|times|binom)", "", a + b))
     MP.prec = BITS if symbols else BITS_OF_INTEGERS if of_integers else BITS_OF_CONSTANTS
     pairs = []
-    for trial, divisor in enumerate((11, 3, 5, 13, -9) if symbols else (1,)):
+    for trial in range(5 if symbols else 1):
         point = {}
         for rank, name in enumerate(symbols):
-            natural = MP.mpf((3, 4, 5, 8, 7)[trial] + (3 * rank if trial % 2 else 2 * (len(symbols) - rank)))
-            point[name] = natural if name[0] in "jklmnN" else MP.mpf(7 + 10 * rank + 3 * trial) / divisor
+            # In general position: in a regular grid x + y would be x_1 + x_2.
+            scattered = (7919 * (rank + 1) ** 3 + 104729 * (trial + 2) ** 2) % 9973
+            point[name] = MP.mpf(scattered + 500) / (1000 if trial < 4 else -1000)
+            if name[0] in "jklmnN":
+                point[name] = MP.mpf(2 + scattered % 11)
         try:
             # √(a²b) is a√b for lengths: nothing complex where they are negative.
-            pairs.append(tuple(Evaluator(text, point, divisor < 0).value() for text in (a, b)))
+            pairs.append(tuple(Evaluator(text, point, trial == 4).value() for text in (a, b)))
         except ZeroDivisionError:
             continue
     if len(pairs) < (3 if symbols else 1):

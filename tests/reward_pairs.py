@@ -784,6 +784,12 @@ PAIRS["found later"] = [
         "a factor of a matrix",
     ),
     (r"\text{Yes, it is}", r"\text{Yes}", True, "a sentence after yes"),
+    (r"5 \quad 6", r"56", False, "several spaces between digits"),
+    (r"x+y", r"x_1+x_2", False, "symbols at points on a grid"),
+    (r"j+n", r"k+m", False, "natural numbers on a grid"),
+    (r"a+d", r"b+c", False, "four symbols on a grid"),
+    (r"5 \ \ 6", r"56", False, "several forced spaces"),
+    (r"1 \quad 234", r"1234", True, "a wide thousands separator"),
 ]
 
 LETTERS = {"A": "d", "B": "a", "C": "b", "D": "c"}
