@@ -8,8 +8,8 @@ Out:  1.0 or 0.0 (ORZ's rule: 1.0 only if generation ended by itself and the box
 
 Two answers are equal if they have the same value: constants to thousands of digits, expressions at fixed points.
 Nothing of an answer is ever run as code: the Evaluator computes while it reads. Why not sympy: of 2,160 different
-real references its parse_latex reads 2,070, latex2sympy2_extended 2,143 and this 2,157, at a seventh of the time
-or less; both compute while they parse, without bounds. math-verify is right on 80% of tests/reward_pairs.py
+real references its parse_latex reads 2,070, latex2sympy2_extended 2,143 and this 2,157, at a sixth of the median
+time or less; both compute while they parse, without bounds. math-verify is right on 80% of tests/reward_pairs.py
 (which specify this grader, so that its own 99% there says less). All of it is measured by bench/reward.py.
 
 This file knows nothing of the others. `python reward.py` is one process of the Grader's pool.
