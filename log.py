@@ -76,10 +76,9 @@ class Log:
         """samples/NAME.jsonl: every response with its question, token ids and reward."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for sample in samples:
-                row = vars(sample) | vars(
-                    prompts[sample.question].question
-                )  # the question's text for its number
-                del row["logprobs"]
+                row = vars(prompts[sample.question].question) | vars(sample) | {"response": sample.text}
+                row["question"] = prompts[sample.question].question.question  # its text, for its number
+                del row["logprobs"], row["text"]
                 file.write(json.dumps(row, default=lambda ids: ids.tolist()) + "\n")
 
     def show(self, prompts, sample):
