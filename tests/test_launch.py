@@ -140,7 +140,7 @@ def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
     assert row["approx_kl"] > 0 and row["clipfrac_low"] is not None
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_signals_end_the_run_and_keep_the_networks(tmp_path, signum):
     """Guards against lost work and orphans: one signal, one line, the networks saved, no process left."""
     process = start(tmp_path, "--name=a", *QUICK, "--steps=1000")
@@ -173,6 +173,41 @@ def test_a_dead_worker_ends_the_run(tmp_path):
     assert code == 1, out + err
     assert out.splitlines()[-1].startswith("error: ") and "died" in out.splitlines()[-1].lower()
     assert not left_behind(process, tmp_path)
+
+
+STALE = """
+import sys, launch
+
+class Stale(launch.Worker):
+    def sync(self):
+        for _ in self.learners["policy"].weights():
+            pass  # gathered as always, and thrown away
+        self.owner = "rollout"
+
+launch.Worker = Stale
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
+def test_a_stale_sync_stops_the_run(tmp_path, dtype):
+    """Guards against months of sampling from old weights (TRL#5312): the next step sees it, before it trains on it."""
+    arguments = [
+        "configs/tiny.py",
+        f"--out_dir={tmp_path}",
+        "--name=a",
+        *QUICK,
+        f"--dtype={dtype}",
+        "--policy_lr=1e-2",
+    ]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", STALE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=DEADLINE
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "stale weights" in done.stdout.splitlines()[-1]
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [1]
 
 
 BAD_INPUT = {
