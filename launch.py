@@ -537,6 +537,9 @@ def main(argv):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step; from then on Workers.stop takes it
+        print("stopped before the first step", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
