@@ -43,9 +43,7 @@ class Log:
         except OSError as error:
             if is_new:
                 shutil.rmtree(self.dir, ignore_errors=True)
-            raise UserError(
-                f"cannot write to {self.dir}: {error.strerror}; choose another --out_dir"
-            ) from None
+            raise UserError(f"cannot write to {self.dir}: {error.strerror}; choose an --out_dir") from None
         from torch.utils.tensorboard import SummaryWriter
 
         self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=10)
@@ -64,7 +62,7 @@ class Log:
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / seconds}
         self.metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
         self.metrics.flush()
-        scalars = {name: value for name, value in flatten(metrics).items() if value is not None}
+        scalars = flatten(metrics)
         step = scalars.pop("step")
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
@@ -106,14 +104,15 @@ class Log:
         """Draws curves.png anew from metrics.jsonl; the old one stays until the new one is whole."""
         from matplotlib.figure import Figure
 
-        rows = [flatten(json.loads(line)) for line in open(self.dir / "metrics.jsonl", encoding="utf-8")]
+        with open(self.dir / "metrics.jsonl", encoding="utf-8") as file:
+            rows = [flatten(json.loads(line)) for line in file]
         figure = Figure(figsize=(10, 6.5), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         for axis, (title, pattern) in zip(axes.flat, PANELS.items()):
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
             for name in dict.fromkeys(name for row in rows for name in row if re.fullmatch(pattern, name)):
-                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                points = [(row["step"], row[name]) for row in rows if name in row]
                 axis.plot(*zip(*points), ".-", label=name.replace("$", r"\$"))  # a name is no mathematics
             if axis.lines:
                 axis.legend(fontsize=8)
@@ -134,18 +133,19 @@ def step_line(metrics):
     """The step in one line, under the names of metrics.jsonl; what was not measured is left out."""
     shown = {f"eval[{name}]": result["accuracy"] for name, result in metrics.get("eval", {}).items()}
     shown |= {name: metrics[name] for name in LINE if metrics.get(name) is not None}
-    parts = [
-        f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}" for name, value in shown.items()
-    ]
+    parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
     parts += [f"{phase} {value:.1f}s" for phase, value in metrics["seconds"].items() if value >= 0.05]
     return "  ".join([f"step {metrics['step']}", *parts])
 
 
 def flatten(metrics, prefix=""):
-    """{"eval": {"a": 1}} → {"eval/a": 1}."""
+    """{"eval": {"a": 1}, "b": None} → {"eval/a": 1}."""
     flat = {}
     for name, value in metrics.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = value
     return flat
 
 

@@ -54,7 +54,7 @@ def read_json(text, path, line):
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: broken or truncated JSON: {error}") from None
+        raise UserError(f"{path}:{line}: broken or truncated JSON: {getattr(error, 'msg', error)}") from None
 
 
 def to_question(item, place):

@@ -1,0 +1,245 @@
+"""Questions: every format loads whole, a bad entry is named, prompts are the template's, no question is lost."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.load import BASE, ROOT, UserError, read_file
+from data.load import Question, encode_prompts, load_questions, read_tasks, step_questions
+
+ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
+ORZ_FILES = {  # file → questions in it
+    "orz_math_57k_sample.json": 1785,
+    "orz_math_72k_sample.json": 2725,
+    "aime2024.json": 30,
+    "math500.json": 500,
+    "gpqa_diamond.json": 198,
+}
+
+DIALOGUE = [{"from": "human", "value": "1+1?"}, {"from": "assistant", "ground_truth": {"value": "2"}}]
+EVALUATION = {"prompt": [{"from": "user", "value": "What is $\\{1\\}$?"}], "final_answer": "a set"}
+CHOICE = {
+    "prompt": [{"from": "user", "value": "A. x\nB. y"}],
+    "final_answer": "B",
+    "choices": {"A": "x", "B": "y"},
+}
+PLAIN = {"question": "ε – 世界?", "answer": "0"}
+
+
+def written(tmp_path, content):
+    path = tmp_path / "set.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+# ---- Reading -------------------------------------------------------------------------------------------------------
+
+
+def test_each_format(tmp_path):
+    """A format loses a field, or a line separator inside a text cuts a JSONL line in two."""
+    load = lambda content: load_questions(written(tmp_path, content))  # noqa: E731
+    assert load(json.dumps([DIALOGUE, DIALOGUE])) == [Question("1+1?", "2")] * 2
+    expected = [Question("What is $\\{1\\}$?", "a set"), Question("A. x\nB. y", "B", {"A": "x", "B": "y"})]
+    assert load("\n " + json.dumps([EVALUATION, CHOICE], indent=4)) == expected
+    lines = [
+        json.dumps(PLAIN, ensure_ascii=False),
+        "",
+        json.dumps({"question": "p\u2028q", "answer": "1"}, ensure_ascii=False),
+    ]
+    assert load("\r\n".join(lines)) == [Question("ε – 世界?", "0"), Question("p\u2028q", "1")]
+    assert load(b"\xef\xbb\xbf" + json.dumps(PLAIN).encode()) == [Question("ε – 世界?", "0")]  # Windows' mark
+
+
+@pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
+@pytest.mark.parametrize("name", ORZ_FILES)
+def test_orz_files_load_whole(name):
+    """Questions of the paper's own files are lost in silence."""
+    questions = load_questions(str(ORZ_DATA / name))
+    entries = json.loads((ORZ_DATA / name).read_text(encoding="utf-8"))
+    assert len(questions) == len(entries) == ORZ_FILES[name]
+    for question, entry in zip(questions, entries):
+        text = json.dumps(entry)
+        assert json.dumps(question.question) in text and json.dumps(question.answer) in text
+        assert (question.choices is not None) == (name == "gpqa_diamond.json")
+
+
+def dialogues(bad):
+    return json.dumps([DIALOGUE, bad])
+
+
+BROKEN = {
+    "empty file": ("", "no questions"),
+    "empty list": ("[]", "no questions"),
+    "blank lines": ("\n\n  \n", "no questions"),
+    "truncated list": (json.dumps([DIALOGUE, DIALOGUE], indent=1)[:-20], ":22: broken or truncated JSON"),
+    "truncated line": (json.dumps(PLAIN) + "\n" + json.dumps(PLAIN)[:-3], ":2: broken or truncated JSON"),
+    "no JSON": (json.dumps(PLAIN) + "\nhello", ":2: broken or truncated JSON"),
+    "deep": ("[" * 100_000, "JSON"),
+    "long number": (json.dumps(PLAIN) + '\n{"question": ' + "1" * 5000 + "}", ":2: broken"),
+    "UTF-16": (json.dumps(PLAIN).encode("utf-16"), "not UTF-8 text, from byte 0"),
+    "Latin-1": ('{"question": "é", "answer": "1"}'.encode("latin-1"), "not UTF-8 text, from byte 14"),
+    "one message": (dialogues(DIALOGUE[:1]), "item 2: expected two messages"),
+    "three messages": (dialogues(DIALOGUE + DIALOGUE[:1]), "item 2: expected two messages"),
+    "swapped messages": (dialogues(DIALOGUE[::-1]), "item 2: expected"),
+    "two prompts": (json.dumps([EVALUATION | {"prompt": EVALUATION["prompt"] * 2}]), "item 1: expected"),
+    "no answer": (json.dumps(PLAIN) + '\n\n{"question": "1"}', "item 3: expected"),
+    "a number": (json.dumps(PLAIN) + "\n3", "item 2: expected"),
+    "empty answer": (
+        json.dumps(PLAIN) + '\n{"question": "1", "answer": " "}',
+        "item 2: the answer must be a text",
+    ),
+    "empty question": (dialogues([{"value": ""}, DIALOGUE[1]]), "item 2: the question must be a text"),
+    "answer no text": (
+        json.dumps(PLAIN | {"answer": 42}),
+        "item 1: the answer must be a text, whole and not empty, not 42",
+    ),
+    "half character": ('{"question": "\\ud800", "answer": "1"}', "item 1: the question must be a text"),
+    "answer no choice": (
+        json.dumps([CHOICE | {"final_answer": "C"}]),
+        "item 1: the answer 'C' is none of the choices",
+    ),
+    "choices no letters": (json.dumps([CHOICE | {"choices": ["A", "B"]}]), "none of the choices"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_named_with_its_place(name, tmp_path):
+    """One bad line of 57,000 ends in a KeyError, or is skipped, or becomes a question that no answer can solve."""
+    content, expected = BROKEN[name]
+    with pytest.raises(UserError) as error:
+        load_questions(written(tmp_path, content))
+    assert "set.json" in str(error.value) and expected in str(error.value), error.value
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("name, reason", [("missing.json", "No such file"), ("", "Is a directory")])
+def test_no_file(name, reason, tmp_path):
+    """A missing file, or a folder in a file's place, ends in a traceback."""
+    with pytest.raises(UserError, match=reason):
+        load_questions(str(tmp_path / name))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    """A data set from a stranger runs code: it must not, whatever its name is."""
+    import pickle
+
+    path = tmp_path / "set.pkl"
+    path.write_bytes(pickle.dumps([DIALOGUE]))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_questions(str(path))
+
+
+# ---- Prompts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Characters as tokens, begin and end tokens, and the habit of putting both around every text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(10, 127)]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *characters])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    around = [("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def test_prompt_is_the_template_after_one_begin_token(tokenizer):
+    """Braces of a question are read as format fields; two begin tokens, or an end token after the prompt, which the
+    policy then has to continue after."""
+    assert tokenizer("a")["input_ids"] == [
+        0,
+        tokenizer("a", add_special_tokens=False)["input_ids"][0],
+        1,
+    ]  # as said
+    template = read_file(BASE)["prompt_template"]
+    question = Question("What is {x} in $\\frac{1}{2}$, {question}, {0}, %s?", "1")
+    (prompt,), dropped = encode_prompts([question], tokenizer, template, 2048)
+    before, after = template.split("{question}")
+    assert tokenizer.decode(prompt.ids) == "<s>" + before + question.question + after
+    assert dropped == 0 and prompt.question is question and prompt.ids.dtype == np.int32
+    assert (prompt.ids == 0).sum() == 1 and (prompt.ids == 1).sum() == 0
+
+
+def test_chat_prompt_is_the_models_own(tokenizer):
+    """The chat template writes the begin token, and the tokenizer puts another before it."""
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[you]{% endif %}"
+    (prompt,), _ = encode_prompts([Question("a{b}", "1")], tokenizer, "chat", 2048)
+    assert tokenizer.decode(prompt.ids) == "<s>[user]a{b}[you]"
+    tokenizer.chat_template = None
+
+
+def test_longest_prompt_is_kept_and_one_token_more_is_dropped(tokenizer):
+    """Off by one, and the longest prompt no longer fits the engine; or a question is dropped with its neighbour's
+    answer kept."""
+    questions = [Question("x" * length, str(length)) for length in (5, 7, 3, 6)]
+    prompts, dropped = encode_prompts(questions, tokenizer, "{question}!", 8)  # begin token + question + "!"
+    assert dropped == 1 and [len(prompt.ids) for prompt in prompts] == [7, 5, 8]
+    assert [prompt.question for prompt in prompts] == [questions[0], questions[2], questions[3]]
+
+
+def test_read_tasks_reports_what_it_drops(tmp_path):
+    """Over-long prompts vanish without a word, or all of them do and the run starts on nothing."""
+    said = []
+    log = SimpleNamespace(say=said.append)
+    settings = {
+        "model": str(ROOT / "data/tiny"),
+        "train_data": ["a", "b"],
+        "eval_data": ["some/held.out.jsonl"],
+    }
+    cfg = SimpleNamespace(prompt_template="User: {question}", max_prompt_tokens=10, **settings)
+    short, long = Question("1+1", "2"), Question("1+1+1+1+1+1", "6")
+    data = {"a": [short, long, short], "b": [short], "some/held.out.jsonl": [short, short]}
+    tasks = read_tasks(cfg, data, log)
+    assert [prompt.question for prompt in tasks.train] == [short] * 3
+    assert {name: len(prompts) for name, prompts in tasks.eval.items()} == {"held.out": 2}
+    assert len(said) == 1 and "a: 1 of 3 prompts are over max_prompt_tokens=10" in said[0]
+    with pytest.raises(UserError, match="b: 1 of 1 prompts are over max_prompt_tokens=10: raise it"):
+        read_tasks(cfg, data | {"b": [long]}, log)
+    cfg.prompt_template = "chat"
+    with pytest.raises(UserError, match="no chat template"):
+        read_tasks(cfg, data, log)
+
+
+# ---- Order ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)  # a busy machine is no bug
+@given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**32 - 1))
+def test_every_epoch_has_every_question_once(num_questions, prompts_per_step, seed):
+    """The tail of an epoch is dropped, or the steps around it repeat questions (NeMo-RL#2519)."""
+    num_steps = -(-3 * num_questions // prompts_per_step)
+    steps = [step_questions(num_questions, prompts_per_step, seed, step) for step in range(num_steps)]
+    assert all(len(step) == prompts_per_step for step in steps)
+    stream = np.concatenate(steps)
+    for epoch in range(3):
+        part = stream[epoch * num_questions : (epoch + 1) * num_questions]
+        assert sorted(part) == list(range(num_questions))
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
+    """A resumed run sees other questions than the run that was not killed; or every epoch has the same order."""
+    np.random.seed(0)
+    first = [step_questions(1000, 250, 1, step) for step in range(8)]
+    again = [step_questions(1000, 250, 1, step) for step in reversed(range(8))][
+        ::-1
+    ]  # no cursor, no hidden state
+    assert all((a == b).all() for a, b in zip(first, again))
+    assert (np.concatenate(first[:4]) != np.concatenate(first[4:])).any()
+    assert (first[0] != step_questions(1000, 250, 2, 0)).any()
+    assert (
+        np.concatenate(first) == step_questions(1000, 2000, 1, 0)
+    ).all()  # the size of a step moves nothing
+    late = step_questions(57_000, 128, 1, 10**7)
+    assert len(set(late.tolist())) == 128

@@ -1,0 +1,270 @@
+"""Logs: every number is written as it is, valid for every reader, and no text of a model can do harm."""
+
+import errno
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import log as log_module
+from configs.load import UserError
+from data.load import Prompt, Question
+from log import Log, printable, step_line
+
+NASTY = "a\x1b[2J\x1b]0;title\x07b\x00c\rd\x9b31me\u202ef\ud800g"
+METRICS = {
+    "step": 3,
+    "reward": 0.25,
+    "response_tokens": 1234.5,
+    "response_tokens_right": None,
+    "cut_off": 0.125,
+    "entropy": 0.5,
+    "clipfrac_low": None,
+    "v_loss": float("nan"),
+    "explained_var": float("-inf"),
+    "drift_mean": 1e-7,
+    "drift_max": 2e-6,
+    "tokens": 6000,
+    "seconds": {"generate": 1.5, "policy": 0.5, "pack": 0.001, "eval": 10.0},
+    "eval": {"math": {"accuracy": 0.5, "cut_off": 0.0}},
+}
+
+
+def settings(tmp_path, **more):
+    return SimpleNamespace(
+        **{"out_dir": str(tmp_path / "runs"), "name": "a", "wandb": False, "seed": 1, **more}
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Log(settings(tmp_path))
+    yield run
+    run.close()
+
+
+def rows(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- Metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_valid_json_and_keep_their_values(run):
+    """NaN in metrics.jsonl: jq, JavaScript and pandas stop at the first bad step. Or a row waits in a buffer when the
+    run is killed."""
+    run.step(METRICS)
+    run.step(METRICS | {"step": 4})
+    first, second = rows(run.dir / "metrics.jsonl")  # the file is still open: what is written must be there
+    assert (first["step"], second["step"]) == (3, 4)
+    assert first["v_loss"] is None and first["explained_var"] is None and first["clipfrac_low"] is None
+    untouched = set(METRICS) - {"step", "v_loss", "explained_var"}
+    assert {key: first[key] for key in untouched} == {key: METRICS[key] for key in untouched}
+    assert first["tokens_per_second"] == 6000 / 2.001  # evaluation is not training
+
+
+def test_tensorboard_holds_the_same_numbers(run):
+    """A curve in TensorBoard is shifted by a step, or holds None as 0."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run.step(METRICS)
+    run.step(METRICS | {"step": 4, "reward": 0.75, "eval": {}})
+    run.tensorboard.flush()
+    events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
+    names = set(events.Tags()["scalars"])
+    assert {"reward", "eval/math/accuracy", "seconds/generate"} <= names
+    assert not {"clipfrac_low", "response_tokens_right", "step"} & names
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(3, 0.25), (4, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/math/accuracy")] == [(3, 0.5)]
+
+
+def test_step_line_shows_what_was_measured():
+    """NaN is left out of the line that people watch; a number that does not exist is shown as 0."""
+    line = step_line(METRICS | {"tokens_per_second": 12345.6})
+    parts = line.split("  ")
+    assert parts[:2] == ["step 3", "eval[math] 0.5"]
+    assert {
+        "reward 0.25",
+        "v_loss nan",
+        "explained_var -inf",
+        "drift_max 2e-06",
+        "tokens_per_second 12,346",
+    } <= set(parts)
+    assert {
+        "response_tokens 1,234",
+        "cut_off 0.125",
+        "entropy 0.5",
+        "drift_mean 1e-07",
+        "generate 1.5s",
+    } <= set(parts)
+    assert "pack" not in line and "\n" not in line
+    assert step_line({"step": 0, "seconds": {}}) == "step 0"
+
+
+def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
+    """A `$` in a data set's name is taken for mathematics and ends the run; a viewer finds half a picture."""
+    from matplotlib.figure import Figure
+
+    run.step({"step": 0, "eval": {"a $x_{ b": {"accuracy": 0.1}}, "seconds": {}})
+    run.step(METRICS)
+    run.curves()
+    picture = (run.dir / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82")
+    run.step(METRICS | {"step": 4})
+    run.curves()
+    assert (run.dir / "curves.png").read_bytes() != picture  # it grew
+    picture = (run.dir / "curves.png").read_bytes()
+
+    def fail(figure, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError):
+        run.curves()
+    assert (run.dir / "curves.png").read_bytes() == picture
+
+
+def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
+    """A second evaluation set is measured for a week and never drawn."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def look(figure, path, **_):
+        drawn.update({axis.get_title(): [line.get_label() for line in axis.lines] for axis in figure.axes})
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    run.step(METRICS | {"eval": {"a": {"accuracy": 0.1}, "b": {"accuracy": 0.2}}, "v_loss": 0.1})
+    run.curves()
+    assert drawn["Reward"] == ["reward", "eval/a/accuracy", "eval/b/accuracy"]
+    assert drawn["Response length (tokens)"] == ["response_tokens"]
+    assert drawn["Critic"] == ["v_loss"]
+
+
+# ---- Texts ---------------------------------------------------------------------------------------------------------
+
+
+def sample(text):
+    arrays = {"prompt_ids": np.array([1, 2], np.int32), "response_ids": np.array([3], np.int32)}
+    more = {"logprobs": np.array([-0.5], np.float32), "finish_reason": "stop", "reward": 1.0}
+    return SimpleNamespace(question=1, text=text, **arrays, **more)
+
+
+PROMPTS = [Prompt(np.array([1]), Question("other", "0")), Prompt(np.array([1, 2]), Question(NASTY, "7"))]
+
+
+def test_samples_keep_every_character(run):
+    """A response with a line break, a null byte or half a character breaks the file or ends the run; or a response
+    is filed under another question."""
+    run.samples("step_3", PROMPTS, [sample(NASTY + "\n"), sample("\u2028")])
+    first, second = rows(run.dir / "samples" / "step_3.jsonl")
+    expected = {"question": NASTY, "answer": "7", "prompt_ids": [1, 2], "response_ids": [3]}
+    expected |= {"response": NASTY + "\n", "finish_reason": "stop", "reward": 1.0}
+    assert {key: first[key] for key in expected} == expected
+    assert second["response"] == "\u2028"
+
+
+def test_terminal_is_safe(run, capsys):
+    """A response clears the screen, renames the window, or reverses the line, and hides what was there."""
+    run.show(PROMPTS, sample(NASTY))
+    shown = capsys.readouterr().out
+    assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "answer 7" in shown
+    assert all(character == "\n" or character.isprintable() for character in shown)
+    assert printable("plain ε text\n") == "plain ε text\n"
+
+
+def test_terminal_without_unicode(tmp_path, monkeypatch):
+    """LANG=C on a cluster: the first ε in a response ends a run of a week with a UnicodeEncodeError."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run = Log(settings(tmp_path))
+    run.say("ε")
+    run.close()
+    assert terminal.buffer.getvalue() == b"\\u03b5\n"
+
+
+def test_progress_only_where_someone_looks(run, monkeypatch):
+    """A log file of a batch system fills with redrawn bars."""
+    with run.progress("generate", 10) as update:
+        assert update is None
+    monkeypatch.setattr(
+        sys, "stderr", SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None)
+    )
+    with run.progress("sync", 0) as update:
+        assert update is None  # nothing to count
+    with run.progress("generate", 10) as update:
+        update(4)
+
+
+# ---- The folder ----------------------------------------------------------------------------------------------------
+
+
+def test_folder_holds_the_settings(run):
+    """Nobody knows any more what a run was started with."""
+    assert json.loads((run.dir / "config.json").read_text())["seed"] == 1
+
+
+def test_existing_folder_is_left_alone(tmp_path):
+    """A second run of the same name writes into the first one's files."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/metrics.jsonl").write_text("precious")
+    with pytest.raises(UserError, match="exists already: choose another --name"):
+        Log(settings(tmp_path))
+    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "runs/a/metrics.jsonl").read_text() == "precious"
+
+
+def test_no_folder_can_be_made(tmp_path):
+    """out_dir is a file, or lies on a disk that is read-only: a traceback."""
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="cannot write to .*Not a directory; choose an --out_dir"):
+        Log(settings(tmp_path))
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    """The folder was made, its first file was not: the next try says that the run exists already."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            Log(settings(tmp_path))
+    Log(settings(tmp_path)).close()
+
+
+def test_wandb_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    """wandb=True without wandb: an ImportError after minutes, and a folder in the way of the next try."""
+    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Log(settings(tmp_path, wandb=True))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
+    """wandb's step counter runs by itself and its curves are off by the evaluations."""
+    calls = []
+    fake = SimpleNamespace(
+        log=lambda scalars, step: calls.append((step, scalars)), finish=lambda: calls.append("finish")
+    )
+    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: fake))
+    run = Log(settings(tmp_path, wandb=True))
+    run.step(METRICS)
+    run.close()
+    (step, scalars), end = calls
+    assert (
+        (step, end) == (3, "finish")
+        and scalars["eval/math/accuracy"] == 0.5
+        and "clipfrac_low" not in scalars
+    )
