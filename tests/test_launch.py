@@ -73,6 +73,7 @@ def test_two_workers_learn_and_leave_everything(tmp_path):
         tmp_path,
         "--workers=2",
         "--steps=6",
+        "--prompts_per_step=32",
         "--policy_lr=1e-3",
         "--eval_every=6",
         "--eval_samples=1",
