@@ -113,6 +113,7 @@ def draw(runs):
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
