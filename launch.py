@@ -218,6 +218,9 @@ class Worker:
     def progress(self):
         return self.done
 
+    def interrupt(self):
+        self.rollout.interrupted = True
+
     def give_gpu_to(self, owner):
         """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
         self.done = 0
@@ -334,6 +337,8 @@ class Workers:
                     watch = [handle.progress.options(concurrency_group="watch") for handle in self.handles]
                     show(sum(self.ray.get([progress.remote() for progress in watch])))
                 if self.stop_signal and method in ("generate", "forward"):
+                    for handle in self.handles:
+                        handle.interrupt.options(concurrency_group="watch").remote()
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
                 if pending and time.monotonic() - start > limit:
                     late = [rank for rank, ref in enumerate(refs) if ref in pending]

@@ -29,6 +29,7 @@ class Rollout:
 
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
+        self.interrupted = False  # set from another thread where the run is to end
         rng = torch.get_rng_state()  # building an engine reseeds its host's generators
         self.llm = LLM(
             path,
@@ -76,7 +77,10 @@ class Rollout:
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
         ids_hash = 0
-        while self.engine.has_unfinished_requests():
+        # Ranks of one engine must end at the same step, so that only an engine of one rank can be interrupted.
+        while self.engine.has_unfinished_requests() and not (
+            self.interrupted and self.cfg.tensor_parallel == 1
+        ):
             for output in self.engine.step():
                 if output.finished:
                     index, response = int(output.request_id), output.outputs[0]

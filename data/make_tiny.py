@@ -31,7 +31,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 OUT = Path(__file__).parent / "tiny"
 PROMPT_TEMPLATE = "User: {question}\nAssistant: <think>"  # as in configs/tiny.py
@@ -143,8 +149,8 @@ def pretrain(tokenizer, held_out):
     """Train the base model from scratch on documents whose questions are not in held_out."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
             num_hidden_layers=4,
@@ -180,13 +186,27 @@ def pretrain(tokenizer, held_out):
     return model
 
 
+def as_llama(qwen2):
+    """The same function as a Llama: with a Qwen2 in the folder, AutoTokenizer would take Qwen2's tokenizer for ours."""
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+    )
+    names += " max_position_embeddings tie_word_embeddings eos_token_id pad_token_id bos_token_id"
+    settings = {name: getattr(qwen2.config, name) for name in names.split()}
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **settings))
+    llama.load_state_dict(qwen2.state_dict(), strict=False)  # all but the output projections' biases
+    for layer in llama.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)  # which Qwen2 does not have
+    return llama
+
+
 def main():
     OUT.mkdir(exist_ok=True)
     held_out = make_questions()
     tokenizer = make_tokenizer()
     for text in map("".join, write_documents(random.Random(0), True, 100)):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    model = pretrain(tokenizer, held_out)
+    model = as_llama(pretrain(tokenizer, held_out))
     tokenizer.save_pretrained(OUT)
     model.save_pretrained(OUT)
 
