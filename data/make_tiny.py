@@ -208,6 +208,8 @@ def main():
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     model = as_llama(pretrain(tokenizer, held_out))
     tokenizer.save_pretrained(OUT)
+    config = OUT / "tokenizer_config.json"  # with a class name that older versions of transformers know too
+    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     model.save_pretrained(OUT)
 
 
