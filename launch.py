@@ -78,7 +78,10 @@ def train(cfg, workers, tasks, log):
 
         # Policy: one update on everything, strictly on-policy.
         with workers.phase("policy"):
-            plans = split_plans(cfg, batch, cfg.policy_updates_per_step, (step, "policy"), tasks.hidden_size)
+            num_updates = cfg.policy_updates_per_step
+            plans = [plan]  # of everything; more updates take a part each
+            if num_updates > 1:
+                plans = split_plans(cfg, batch, num_updates, (step, "policy"), tasks.hidden_size)
             metrics |= workers.update("policy", batch, plans)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
