@@ -12,7 +12,6 @@ In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, 
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -34,59 +33,44 @@ ROOT = Path(__file__).resolve().parent
 
 
 def train(cfg, workers, tasks, log):
-    """The algorithm, in the order in which things happen."""
+    """The algorithm, in the order in which things happen, from the step that `workers` have reached."""
     import ppo
 
-    if cfg.eval_every > 0:
+    if cfg.eval_every > 0 and workers.step == 0:
         log.step({"step": 0, "eval": evaluate(cfg, workers, tasks, log, step=0)} | workers.timings())
 
-    for step in range(1, cfg.steps + 1):
+    for step in range(workers.step + 1, cfg.steps + 1):
         # Generate: samples_per_prompt responses to each of this step's questions, graded as they finish.
         chosen = step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, step - 1)
         prompts = [tasks.train[i] for i in chosen]
-        with workers.phase("generate"):
-            samples = workers.generate(prompts, cfg.samples_per_prompt, "train", step)
-        if cfg.shuffle_rewards:  # a control experiment: the reward says nothing about the response
-            rewards = rng_for(cfg.seed, step, "shuffle").permutation([sample.reward for sample in samples])
-            for sample, reward in zip(samples, rewards.tolist()):
-                sample.reward = reward
+        samples = workers.generate("generate", prompts, cfg.samples_per_prompt, step)
 
         # Pack: whole sequences into bins of max_tokens_per_pack tokens, the same work on every rank.
-        with workers.phase("pack"):
-            batch = ppo.Batch(samples)
-            (plan,) = split_plans(cfg, batch, 1, (step, "pack"), tasks.hidden_size)
+        batch = ppo.Batch(samples)
+        (plan,) = split_plans(cfg, batch, 1, step, "pack", tasks.hidden_size)
 
         # Values: one forward of the critic, V_old(s_t) for every response token.
-        with workers.phase("values"):
-            batch.values = workers.forward("critic", batch, plan)
-            if cfg.kl_coef or cfg.policy_updates_per_step > 1:
-                batch.old_logprobs = workers.forward("policy", batch, plan)
-            if cfg.kl_coef:
-                batch.ref_logprobs = workers.forward("reference", batch, plan)
+        batch.values = workers.call("values", "learn", "critic", "forward", batch, plan)[0]
+        if cfg.kl_coef or cfg.policy_updates_per_step > 1:
+            batch.old_logprobs = workers.call("old_logprobs", "learn", "policy", "forward", batch, plan)[0]
+        if cfg.kl_coef:
+            batch.ref_logprobs = workers.call("ref_logprobs", "learn", "reference", "forward", batch, plan)[0]
 
         # Advantages: GAE per response, normalised over all tokens of the batch.
-        with workers.phase("advantages"):
-            rewards = ppo.token_rewards(batch, cfg.kl_coef)
-            lengths = batch.response_lens
-            advantages, batch.returns = ppo.gae(rewards, batch.values, lengths, cfg.gamma, cfg.lam)
-            batch.advantages = ppo.normalise(advantages)
+        rewards = ppo.token_rewards(batch, cfg.kl_coef)
+        advantages, batch.returns = ppo.gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
+        batch.advantages = ppo.normalise(advantages)
 
         # Critic: each sample once, split at random into critic_updates_per_step updates.
-        with workers.phase("critic"):
-            plans = split_plans(cfg, batch, cfg.critic_updates_per_step, (step, "critic"), tasks.hidden_size)
-            metrics = workers.update("critic", batch, plans)
+        plans = split_plans(cfg, batch, cfg.critic_updates_per_step, step, "critic", tasks.hidden_size)
+        metrics = workers.update("critic", batch, plans, step)
 
-        # Policy: one update on everything, strictly on-policy.
-        with workers.phase("policy"):
-            num_updates = cfg.policy_updates_per_step
-            plans = [plan]  # of everything; more updates take a part each
-            if num_updates > 1:
-                plans = split_plans(cfg, batch, num_updates, (step, "policy"), tasks.hidden_size)
-            metrics |= workers.update("policy", batch, plans)
+        # Policy: one update on everything, strictly on-policy; more updates take a part each.
+        plans = split_plans(cfg, batch, cfg.policy_updates_per_step, step, "policy", tasks.hidden_size)
+        metrics |= workers.update("policy", batch, plans, step)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
-        with workers.phase("sync"):
-            workers.call("sync")
+        workers.call("sync", "sync")
 
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
@@ -94,8 +78,9 @@ def train(cfg, workers, tasks, log):
         log.samples(f"step_{step}", prompts, samples)
         if "eval" in metrics:
             log.curves()
-        if cfg.save_every > 0 and step % cfg.save_every == 0:
-            workers.export(tasks.tokenizer)
+        workers.step = step
+        if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
+            workers.save()
         if workers.stop_signal:
             raise Stopped(workers.stop_signal)
 
@@ -104,8 +89,7 @@ def evaluate(cfg, workers, tasks, log, step):
     """Mean accuracy over eval_samples responses per held-out question, for each data set."""
     results = {}
     for name, prompts in tasks.eval.items():
-        with workers.phase("eval"):
-            samples = workers.generate(prompts, cfg.eval_samples, "eval", step)
+        samples = workers.generate("eval", prompts, cfg.eval_samples, step)
         rewards = np.array([s.reward for s in samples]).reshape(len(prompts), cfg.eval_samples)
         accuracy = rewards.mean(1)  # per question
         results[name] = {
@@ -120,13 +104,12 @@ def evaluate(cfg, workers, tasks, log, step):
     return results
 
 
-def split_plans(cfg, batch, num_updates, purpose, hidden_size):
+def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
     """The samples split at random into num_updates parts, each packed: plans[update][rank][i] = indices of a pack."""
     import ppo
 
-    order = rng_for(cfg.seed, *purpose).permutation(len(batch.lengths)) if num_updates > 1 else None
-    plans = []
-    for part in np.array_split(np.arange(len(batch.lengths)) if order is None else order, num_updates):
+    plans, order = [], rng_for(cfg.seed, step, purpose).permutation(len(batch.lengths))
+    for part in np.array_split(order, num_updates):
         plan = ppo.pack(batch.lengths[part], cfg.max_tokens_per_pack, cfg.workers, hidden_size)
         plans.append([[part[local].tolist() for local in packs] for packs in plan])
     return plans
@@ -134,15 +117,12 @@ def split_plans(cfg, batch, num_updates, purpose, hidden_size):
 
 def rng_for(*parts):
     """A generator for (seed, step, purpose, engine): nothing random has a state that a restart could lose."""
-    return np.random.default_rng(
-        [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-    )
+    return np.random.default_rng([zlib.crc32(str(part).encode()) for part in parts])
 
 
 def sample_metrics(samples, batch):
-    """What the responses of a step were like."""
-    right = batch.rewards > 0
-    variance = batch.returns.var()
+    """What the responses of a step were like. The last three stay None where one update makes the ratio 1."""
+    right, variance = batch.rewards > 0, batch.returns.var()
     return {
         "reward": float(batch.rewards.mean()),
         "response_tokens": float(batch.response_lens.mean()),
@@ -151,12 +131,20 @@ def sample_metrics(samples, batch):
         "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
         "explained_var": float(1 - (batch.returns - batch.values).var() / variance) if variance > 0 else None,
         "tokens": int(batch.lengths.sum()),
-    } | dict.fromkeys(
-        ["clipfrac_low", "clipfrac_high", "approx_kl"]
-    )  # None where one update makes the ratio 1
+    } | dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
+
+
+TRAINED = ("policy", "critic")
+INTERRUPTIBLE = (
+    "generate",
+    "eval",
+    "values",
+    "old_logprobs",
+    "ref_logprobs",
+)  # they leave the networks as they are
 
 
 class Worker:
@@ -164,7 +152,6 @@ class Worker:
 
     def __init__(self, cfg, rank, log_dir):
         self.cfg, self.rank = cfg, rank
-        self.done = 0  # requests finished or packs processed in the call at work, for the progress bar
         os.makedirs(log_dir, exist_ok=True)
         chatter = open(f"{log_dir}/worker_{rank}.log", "ab")
         for stream in (1, 2):
@@ -206,7 +193,7 @@ class Worker:
             kinds["reference"] = cfg.model
         self.learners = {}
         for kind, path in kinds.items():
-            self.learners[kind] = ppo.Learner(kind, cfg, path, device, dtype, self.tick)
+            self.learners[kind] = ppo.Learner(kind, cfg, path, device, dtype)
             self.learners[kind].offload()
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
@@ -215,197 +202,202 @@ class Worker:
             self.grader = reward.Grader(cfg.grader_processes or max(1, min(cores, 8)))
         return sum(p.ds_numel for p in self.learners["policy"].network.parameters())
 
-    def tick(self):
-        self.done += 1
-
     def progress(self):
-        return self.done
+        """How many requests or packs of the call at work are done, and of how many."""
+        at_work = self.learners.get(self.owner, self.rollout)
+        return at_work.done, at_work.total
 
     def interrupt(self):
         self.rollout.interrupted = True
 
     def give_gpu_to(self, owner):
         """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
-        self.done = 0
         if owner != self.owner:
             self.rollout.sleep() if self.owner == "rollout" else self.learners[self.owner].offload()
             self.learners[owner].onload()
             self.owner = owner
 
     def generate(self, requests, seed, temperature, top_p):
-        """requests: (question, prompt_ids, reference answer, choices) each. Returns Samples in that order, and the
-        hash of the sampled ids; grading runs in other processes meanwhile. Ranks of one engine make the same call."""
+        """requests: (index of the question, Prompt) each. Returns Samples in that order, and the hash of the sampled ids;
+        grading runs in other processes meanwhile. Ranks of one engine make the same call."""
         import ppo
 
         self.give_gpu_to("rollout")
         samples, rewards = [None] * len(requests), {}
 
         def on_finish(index, response_ids, logprobs, text, finish_reason):
-            question, prompt_ids, answer, choices = requests[index]
-            samples[index] = ppo.Sample(question, prompt_ids, response_ids, logprobs, text, finish_reason)
+            number, prompt = requests[index]
+            samples[index] = ppo.Sample(number, prompt.ids, response_ids, logprobs, text, finish_reason)
             if self.rank % self.cfg.tensor_parallel == 0:
+                answer, choices = prompt.question.answer, prompt.question.choices
                 rewards[index] = self.grader.submit(text, answer, finish_reason, choices=choices)
-            self.tick()
 
-        prompts = [request[1].tolist() for request in requests]
+        prompts = [prompt.ids.tolist() for _, prompt in requests]
         ids_hash = self.rollout.generate(prompts, seed, temperature, top_p, on_finish)
         for index, future in rewards.items():
             samples[index].reward = future.result()
         return (samples if rewards else []), ids_hash
 
-    def forward(self, kind, batch, plan):
-        self.give_gpu_to(kind)
-        return self.learners[kind].forward(batch, plan)
-
-    def update(self, kind, batch, plans):
-        """One optimizer update for each plan; returns their metrics and, of this rank, drift_max and update_kl:
-        k3 (Schulman 2020) between the policy before and after, on a few samples."""
-        self.give_gpu_to(kind)
-        learner = self.learners[kind]
-        if kind == "critic":
-            return [learner.update(batch, plan) for plan in plans], {}
-        report = [[packs[0][:4]] for packs in plans[0]]
-        before = learner.forward(batch, report)
-        learner.drift_max = 0.0
-        updates = [learner.update(batch, plan) for plan in plans]
-        log_ratio = learner.forward(batch, report) - before
-        update_kl = np.mean(np.exp(log_ratio) - 1 - log_ratio) if len(before) else 0.0
-        return updates, {"update_kl": float(update_kl), "drift_max": learner.drift_max}
+    def learn(self, kind, method, *args):
+        """A method of one Learner, which gets the GPU where it computes; rank 0 speaks for all."""
+        if method in ("forward", "update"):
+            self.give_gpu_to(kind)
+        result = getattr(self.learners[kind], method)(*args)
+        return result if self.rank == 0 else None
 
     def sync(self):
         """The policy's weights into vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
         policy = self.learners["policy"]
         policy.offload(keep_weights=True)
-        self.rollout.wake_weights()
+        self.rollout.wake("weights")
         self.rollout.load_weights(policy.weights())
         policy.offload()
-        self.rollout.wake_cache()
+        self.rollout.wake("kv_cache")
         self.owner = "rollout"
-
-    def export(self, kind, folder):
-        self.learners[kind].export(folder)
 
 
 class Workers:
-    """The driver's side of the Workers: make the same call on all, watch it, put the results together."""
+    """The driver's side of the Workers: make the same call on all, watch it, save what they have reached."""
 
     def __init__(self, cfg, log, on_gpu):
         import ray
+
+        self.cfg, self.log, self.ray, self.on_gpu = cfg, log, ray, on_gpu
+        self.step = 0  # the last that is finished
+        self.seconds, self.longest, self.stop_signal = {}, {}, None  # seconds by phase
+        for signum in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
+            signal.signal(signum, self.stop)
+
+    def start(self):
+        """Make the Workers, as they were at the newest checkpoint if there is one."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
-        self.cfg, self.log, self.ray = cfg, log, ray
-        self.seconds, self.longest, self.stop_signal = {}, {}, None
+        cfg, ray, self.phase = self.cfg, self.ray, "start"
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
-        what, tp = "GPU" if on_gpu else "CPU", cfg.tensor_parallel
+        what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
+        self.group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
         have = int(ray.cluster_resources().get(what, 0))
-        group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
-        if have < cfg.workers or not group.wait(60):
-            place = f", {tp} on one node for each engine" if tp > 1 else ""
-            raise UserError(
-                f"workers={cfg.workers} needs as many free {what}s{place}; the Ray cluster has {have}"
-            )
+        if have < cfg.workers or not self.group.wait(60):
+            need = f"{cfg.workers} free {what}s, {tp} on one node for each engine"
+            raise UserError(f"workers={cfg.workers} needs {need}; the Ray cluster has {have}")
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
-        share = {"num_cpus": 0, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
-        share["runtime_env"] = {"env_vars": worker_env(cfg, on_gpu)}
+        share = {"num_cpus": 0, "num_gpus": 1} if self.on_gpu else {"num_cpus": 1}
+        share["runtime_env"] = {"env_vars": worker_env(cfg, self.on_gpu)}
         self.handles = []
         for rank in range(cfg.workers):
-            share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
-            self.handles.append(actor.options(**share).remote(cfg, rank, str(log.dir / "logs")))
+            share["scheduling_strategy"] = InGroup(self.group, placement_group_bundle_index=rank // tp)
+            self.handles.append(actor.options(**share).remote(cfg, rank, str(self.log.dir / "logs")))
         address = ray.get(self.handles[0].address.remote())
-        self.num_parameters = self.call("setup", *address)[0]
+        self.num_parameters = self.call("setup", "setup", *address)[0]
+        saved = checkpoints(self.log.dir)
+        self.step = max(saved, default=0)
+        if saved:
+            for kind in TRAINED:
+                self.call("load", "learn", kind, "load", saved[self.step], self.step)
+            self.call("sync", "sync")
+        self.log.cut(self.step)
+        self.began, self.seconds = time.monotonic(), {}
 
-    @contextlib.contextmanager
-    def phase(self, name):
-        """Time one phase of the step."""
-        start = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+    def kill(self):
+        """End what is left of the Workers, so that they can be started anew."""
+        for handle in self.handles:
+            self.ray.kill(handle)
+        self.ray.util.remove_placement_group(self.group)
 
     def timings(self):
-        """Seconds by phase since the last call of this."""
-        seconds, self.seconds = self.seconds, {}
-        return {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
+        """Seconds by phase since the last call of this, and what the driver did besides."""
+        now, seconds = time.monotonic(), self.seconds
+        seconds["driver"] = now - self.began - sum(seconds.values())
+        self.began, self.seconds = now, {}
+        return {"seconds": {phase: round(value, 4) for phase, value in seconds.items()}}
 
-    def call(self, method, *args, per_rank=None, total=0):
+    def watch(self, method):
+        """method() on every Worker beside what it is doing; raises the death of one that has died."""
+        beside = [getattr(handle, method).options(concurrency_group="watch") for handle in self.handles]
+        return self.ray.get([call.remote() for call in beside])
+
+    def call(self, phase, method, *args, per_rank=None):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
+        self.phase, args = phase, [self.ray.put(arg) for arg in args]  # once, for all of them
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
-        start, longest = time.monotonic(), self.longest.get(method, 0.0)
+        start, longest = time.monotonic(), self.longest.get(phase, 0.0)
         limit = self.cfg.phase_timeout or max(600.0, 10 * longest)
-        with self.log.progress(method, total) as show:
+        with self.log.progress(phase) as show:
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
-                self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
+                try:
+                    self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
+                except self.ray.exceptions.RayTaskError:
+                    time.sleep(3)  # or did it fail because another one is dying?
+                    self.watch("progress")
+                    raise
                 if pending and show:
-                    watch = [handle.progress.options(concurrency_group="watch") for handle in self.handles]
-                    show(sum(self.ray.get([progress.remote() for progress in watch])))
-                if self.stop_signal and method in ("generate", "forward"):
-                    for handle in self.handles:
-                        handle.interrupt.options(concurrency_group="watch").remote()
+                    show(*map(sum, zip(*self.watch("progress"))))
+                if self.stop_signal and phase in INTERRUPTIBLE:
+                    self.watch("interrupt")
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
                 if pending and time.monotonic() - start > limit:
                     late = [rank for rank, ref in enumerate(refs) if ref in pending]
-                    raise TimeoutError(
-                        f"{method}: over phase_timeout={limit:.0f} s on ranks {late}; see logs/"
-                    )
-        self.longest[method] = max(longest, time.monotonic() - start)
+                    raise TimeoutError(f"{phase}: over phase_timeout={limit:.0f} s on ranks {late}")
+        seconds = time.monotonic() - start
+        self.longest[phase] = max(longest, seconds)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         return self.ray.get(refs)
 
-    def generate(self, prompts, num_samples, purpose, step):
+    def generate(self, phase, prompts, num_samples, step):
         """num_samples responses to each of `prompts`, graded, in the order of the prompts."""
-        cfg, tp = self.cfg, self.cfg.tensor_parallel
+        cfg, tp, per_rank = self.cfg, self.cfg.tensor_parallel, []
+        sampling = (cfg.eval_temperature, cfg.eval_top_p) if phase == "eval" else (cfg.temperature, cfg.top_p)
         # A fixed rule, never timing: longest prompt first, in snake order over the engines, so that runs repeat.
-        num_engines = cfg.workers // tp
-        snake = [*range(num_engines), *reversed(range(num_engines))]
-        shares = [[] for _ in range(num_engines)]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-        for place, i in enumerate(order):
-            request = (i, prompts[i].ids, prompts[i].question.answer, prompts[i].question.choices)
-            shares[snake[place % len(snake)]] += [request] * num_samples
-        is_eval = purpose == "eval"
-        sampling = (cfg.eval_temperature, cfg.eval_top_p) if is_eval else (cfg.temperature, cfg.top_p)
-        per_rank = []
+        order, snake = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)), 2 * cfg.workers // tp
         for engine in (rank // tp for rank in range(cfg.workers)):
+            share = order[engine::snake] + order[snake - 1 - engine :: snake]
+            requests = [(i, prompts[i]) for i in share for _ in range(num_samples)]
             # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
-            seed = int(rng_for(cfg.seed, step, purpose, engine).integers(2**31))
-            per_rank.append((shares[engine], seed, *sampling))
-        results = self.call("generate", per_rank=per_rank, total=tp * len(prompts) * num_samples)
+            seed = int(rng_for(cfg.seed, step, phase, engine).integers(2**31))
+            per_rank.append((requests, seed, *sampling))
+        results = self.call(phase, "generate", per_rank=per_rank)
         for rank, (_, ids_hash) in enumerate(results):
             if ids_hash != results[rank - rank % tp][1]:
-                raise RuntimeError(
-                    f"rank {rank} sampled other tokens than the rest of its tensor-parallel group"
-                )
+                raise RuntimeError(f"rank {rank} sampled other tokens than the others of its vLLM engine")
         samples = [sample for share, _ in results for sample in share]
         return sorted(samples, key=lambda sample: sample.question)
 
-    def forward(self, kind, batch, plan):
-        """V(s_t) or log π(a_t|s_t) for every response token of the batch, fp32 [N] in the batch's order."""
-        results = self.call("forward", kind, self.ray.put(batch), plan, total=sum(map(len, plan)))
-        flat = np.empty(len(batch.logprobs), np.float32)
-        for packs, result in zip(plan, results):
-            start = 0
-            for i in (i for pack in packs for i in pack):
-                flat[batch.response(i)] = result[start : start + batch.response_lens[i]]
-                start += batch.response_lens[i]
-        return flat
+    def update(self, kind, batch, plans, step):
+        """The updates of one Learner, and their metrics; numbers that are not finite end or skip them, batch kept."""
+        try:
+            return self.call(kind, "learn", kind, "update", batch, plans)[0]
+        except FloatingPointError as error:
+            path = self.log.dir / f"not_finite_{kind}_{step}.npz"
+            np.savez(path, **vars(batch))
+            if self.cfg.on_nonfinite == "stop":
+                raise
+            self.log.say(f"step {step}: {str(error.cause).splitlines()[0]} (skipped; the batch is in {path})")
+            return {f"skipped_{kind}": 1}
 
-    def update(self, kind, batch, plans):
-        """The updates of one Learner; returns each metric's mean over all its elements, None where it has none."""
-        total = sum(len(packs) for plan in plans for packs in plan)
-        results = self.call("update", kind, self.ray.put(batch), plans, total=total)
-        updates, extra = results[0]  # sums over all ranks, the same on each
-        metrics = {}
-        for name in updates[0]:
-            amount, count = np.sum([update[name] for update in updates if name in update], axis=0)
-            metrics[name] = float(amount / count) if count else None
-        maxima = {name: max(extras[name] for _, extras in results) for name in extra}
-        return metrics | maxima
+    def save(self):
+        """checkpoints/step_N: written beside, then renamed, so that it is whole or not there at all."""
+        folder, size = f"{self.log.dir}/checkpoints/step_{self.step}", 24 * self.num_parameters
+        if self.step == 0 or os.path.exists(folder):
+            return
+        if (free := shutil.disk_usage(self.log.dir).free) < size:
+            raise OSError(f"a checkpoint takes {size:,} bytes, but {self.log.dir} has {free:,} left")
+        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        os.makedirs(f"{folder}.tmp")
+        for kind in TRAINED:
+            self.call("save", "learn", kind, "save", f"{folder}.tmp")
+        os.sync()
+        os.rename(f"{folder}.tmp", folder)
+        saved = checkpoints(self.log.dir)
+        for step in {*sorted(saved)[: -self.cfg.keep_checkpoints]} - {self.log.best(saved)}:
+            shutil.rmtree(saved[step])
 
     def export(self, tokenizer):
         """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
-        for kind in ("policy", "critic"):
-            folder = self.log.dir / kind
-            self.call("export", kind, f"{folder}.tmp")
+        for kind in TRAINED:
+            folder = f"{self.log.dir}/{kind}"
+            self.call("export", "learn", kind, "export", f"{folder}.tmp")
             tokenizer.save_pretrained(f"{folder}.tmp")
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(f"{folder}.tmp", folder)
@@ -416,6 +408,11 @@ class Workers:
             self.ray.shutdown()
             os._exit(128 + signum)
         self.stop_signal = signal.Signals(signum).name
+
+
+def checkpoints(folder):
+    """The whole checkpoints of a run, step → folder."""
+    return {int(path.name[5:]): str(path) for path in folder.glob("checkpoints/step_*[0-9]")}
 
 
 class Stopped(Exception):
@@ -478,15 +475,11 @@ def local_model(name, setting):
         try:
             name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{setting}={name!r} is no folder, and the hub did not give it: {reason}"
-            ) from error
+            reason = f"is no folder, and the hub did not give it: {str(error).splitlines()[0]}"
+            raise UserError(f"{setting}={name!r} {reason}") from error
     files = os.listdir(name) if os.path.isdir(name) else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-        raise UserError(
-            f"{setting}={name!r} must be a folder with config.json and *.safetensors, or a hub name"
-        )
+        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
     return name
 
 
@@ -498,41 +491,52 @@ def run(cfg):
     log = Log(cfg)
     try:
         tasks = read_tasks(cfg, data, log)
-        on_gpu = start_ray()
-        workers = Workers(cfg, log, on_gpu)
-        for signum in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
-            signal.signal(signum, workers.stop)
-        size = f"{workers.num_parameters:,} parameters"
-        log.say(
-            f"{cfg.model}: {size}, {cfg.workers} workers on {'GPU' if on_gpu else 'CPU'}, run folder {log.dir}"
-        )
+        workers = Workers(cfg, log, on_gpu=start_ray())
         log.say("\n".join(f"{name}: {value}" for name, value in derived(cfg).items()))
+        end, code = "done", 0
         try:
-            train(cfg, workers, tasks, log)
-        finally:
-            if sys.exc_info()[0] in (None, Stopped):
-                workers.export(tasks.tokenizer)
-        log.say(f"done: networks in {log.dir}/policy and critic, curves in {log.dir}/curves.png")
-        return 0
-    except Stopped as stopped:
-        log.say(
-            f"stopped by {stopped}: the networks of the last finished step are in {log.dir}/policy and critic"
-        )
-        return 128 + signal.Signals[str(stopped)]
+            train_on(workers, cfg, tasks, log)
+        except Stopped as stopped:
+            end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
+            code = 128 + signal.Signals[str(stopped)]
+        workers.save()
+        workers.export(tasks.tokenizer)
+        log.say(f"{end}: networks in {log.dir}/policy and critic, curves in {log.dir}/curves.png")
+        return code
     except UserError:
-        shutil.rmtree(log.dir)  # made by this run, which has not begun
+        log.discard()
         raise
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        log.say(
-            f"error: {type(cause).__name__}: {str(cause).splitlines()[0]} (all of it: {log.dir}/error.txt)"
-        )
+        reason = str(cause).splitlines()[0]
+        log.say(f"error: {type(cause).__name__}: {reason} (all of it: {log.dir}/error.txt)")
         return 1
     finally:
         log.close()
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+
+
+def train_on(workers, cfg, tasks, log):
+    """Train; where a Worker died or took too long, again from the newest checkpoint, but not twice at one step."""
+    from ray.exceptions import RayActorError
+
+    failed = []
+    while True:
+        try:
+            workers.start()
+            size = f"{workers.num_parameters:,} parameters"
+            place = f"{cfg.workers} workers on {'GPU' if workers.on_gpu else 'CPU'}"
+            log.say(f"{cfg.model}: {size}, {place}, run folder {log.dir}, from step {workers.step + 1}")
+            return train(cfg, workers, tasks, log)
+        except (RayActorError, TimeoutError) as error:
+            if len(failed) == cfg.max_restarts or workers.step in failed:
+                raise
+            failed.append(workers.step)
+            what = f"{type(error).__name__} in {workers.phase} of step {workers.step + 1}"
+            log.say(f"restart {len(failed)} of {cfg.max_restarts}: {what}: {str(error).splitlines()[0]}")
+            workers.kill()
 
 
 def main(argv):

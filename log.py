@@ -5,52 +5,90 @@ Out:  files in the run's folder out_dir/NAME, which is made here; one line per s
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import json
-import math
 import os
-import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from configs.load import UserError
 
 LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
-PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Figure 2: both climb together
-    "Reward": "reward|eval/.*/accuracy",
-    "Response length (tokens)": "response_tokens.*",
-    "Entropy of the policy (nats per token)": "entropy.*",
-    "Critic": "v_loss|explained_var",
+
+COLLAPSE = {  # called by name in the step line
+    "entropy near zero": lambda row: row["entropy"] < 0.01,
+    "all rewards equal": lambda row: row["reward"] in (0, 1),
+    "responses at the length limit": lambda row: row["cut_off"] > 0.9,
 }
+
+# What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
+MAY_CHANGE = set(
+    """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
+    phase_timeout max_restarts on_nonfinite grader_processes gpu_memory_utilization wandb out_dir""".split()
+)
 
 
 class Log:
     def __init__(self, cfg):
-        """Makes the run's folder. Raises UserError, and leaves nothing behind, where it exists or cannot be made."""
-        self.dir, self.wandb = Path(cfg.out_dir) / cfg.name, None
+        """Makes or finds the run's folder. Raises UserError, and changes nothing, where it is another run's."""
+        self.dir, self.tensorboard = Path(cfg.out_dir) / cfg.name, None
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 does not end a run
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise UserError("wandb=True, but wandb is not installed: pip install wandb, or leave it out")
-        is_new = not self.dir.exists()
+        config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
         try:
-            self.dir.mkdir(parents=True)
-            (self.dir / "samples").mkdir()
-            (self.dir / "config.json").write_text(json.dumps(vars(cfg), indent=2))
+            found = {*os.listdir(self.dir)} if self.dir.exists() else set()
+            if "config.json" not in found and found - {"samples", "config.tmp"}:
+                raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
+            before = json.loads(config.read_text()) if config.exists() else settings
+            changed = {name for name in settings if before.get(name) != settings[name]} - MAY_CHANGE
+            if changed:
+                values = ", ".join(f"{name}={before.get(name)!r}" for name in sorted(changed))
+                raise UserError(f"{self.dir} is a run with {values}: choose another --name")
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
+            os.replace(self.dir / "config.tmp", config)
             self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
-        except FileExistsError:
-            raise UserError(f"{self.dir} exists already: choose another --name, or move it away") from None
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.dir}: another process is at work in it") from None
         except OSError as error:
-            if is_new:
-                shutil.rmtree(self.dir, ignore_errors=True)
             raise UserError(f"cannot write to {self.dir}: {error.strerror}; choose an --out_dir") from None
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=10)
         if cfg.wandb:
             import wandb
 
-            self.wandb = wandb.init(project="orz", name=cfg.name, dir=str(self.dir), config=vars(cfg))
+            where = {"project": "orz", "id": cfg.name, "resume": "allow", "dir": str(self.dir)}
+            wandb.init(**where, config=settings, sync_tensorboard=True)
+
+    def cut(self, step):
+        """Forget what came after `step`, which will be made again: metrics.jsonl is cut, TensorBoard written anew."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        rows = [row for row in self.rows() if 0 < step >= row["step"]]
+        self.metrics.truncate(sum(len(json.dumps(row) + "\n") for row in rows))
+        shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
+        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=10)
+        for row in rows:
+            self.scalars(row)
+
+    def rows(self):
+        """What metrics.jsonl holds; a line that a crash cut short is left out."""
+        with open(self.metrics.name, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def best(self, steps):
+        """The one of `steps` with the best mean accuracy in evaluation, None where none was evaluated."""
+        rows = [row for row in self.rows() if row["step"] in steps and "eval" in row]
+        scores = {row["step"]: row["eval"].values() for row in rows}
+        return max(scores, key=lambda step: sum(result["accuracy"] for result in scores[step]), default=None)
+
+    def discard(self):
+        """Remove the folder of a run that has not begun."""
+        if not os.path.getsize(self.metrics.name):
+            shutil.rmtree(self.dir)
 
     def say(self, text):
         print(printable(text), flush=True)
@@ -58,17 +96,16 @@ class Log:
     def step(self, metrics):
         """One step into every log, and its line on the terminal."""
         if "tokens" in metrics:
-            seconds = sum(value for phase, value in metrics["seconds"].items() if phase != "eval")
+            seconds = sum(metrics["seconds"].values()) - metrics["seconds"].get("eval", 0)
             metrics = metrics | {"tokens_per_second": metrics["tokens"] / seconds}
-        self.metrics.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+        self.metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         self.metrics.flush()
-        scalars = flatten(metrics)
-        step = scalars.pop("step")
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(scalars, step=step)
+        self.scalars(metrics)
         self.say(step_line(metrics))
+
+    def scalars(self, metrics):
+        for name, value in flatten(metrics | {"step": None}).items():
+            self.tensorboard.add_scalar(name, value, metrics["step"])
 
     def samples(self, name, prompts, samples):
         """samples/NAME.jsonl: every response with its question, token ids and reward."""
@@ -83,50 +120,27 @@ class Log:
         """One response on the terminal."""
         question = prompts[sample.question].question
         self.say(f"  question: {question.question}\n  response: {sample.text[:2000]}")
-        self.say(
-            f"  reward:   {sample.reward:.0f} (answer {question.answer}, finish reason {sample.finish_reason})"
-        )
+        self.say(f"  reward:   {sample.reward:.0f} ({sample.finish_reason}; the answer is {question.answer})")
 
     @contextlib.contextmanager
-    def progress(self, what, total):
-        """A bar while something of `total` parts is at work, on an interactive terminal; yields update(done) or None."""
-        if not total or not sys.stderr.isatty():
-            yield None
-            return
+    def progress(self, phase):
+        """A bar while a phase is at work, on an interactive terminal; yields show(done, total), else None."""
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(phase, total=None)
+            yield None if bar.disable else lambda done, total: bar.update(task, completed=done, total=total)
 
     def curves(self):
-        """Draws curves.png anew from metrics.jsonl; the old one stays until the new one is whole."""
-        from matplotlib.figure import Figure
-
-        with open(self.dir / "metrics.jsonl", encoding="utf-8") as file:
-            rows = [flatten(json.loads(line)) for line in file]
-        figure = Figure(figsize=(10, 6.5), layout="constrained")
-        axes = figure.subplots(2, 2, sharex=True)
-        for axis, (title, pattern) in zip(axes.flat, PANELS.items()):
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.3)
-            for name in dict.fromkeys(name for row in rows for name in row if re.fullmatch(pattern, name)):
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                axis.plot(*zip(*points), ".-", label=name.replace("$", r"\$"))  # a name is no mathematics
-            if axis.lines:
-                axis.legend(fontsize=8)
-        axes[0, 0].set_ylim(0, 1)
-        axes[0, 1].set_ylim(bottom=0)
-        axes[1, 1].set_ylim(-1, 1)  # an untrained critic explains less than nothing, far less at times
-        figure.savefig(self.dir / "curves.tmp", format="png", dpi=110)
-        os.replace(self.dir / "curves.tmp", self.dir / "curves.png")
+        """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
+        script = Path(__file__).resolve().parent / "plot.py"
+        subprocess.run([sys.executable, script, self.dir], stdin=subprocess.DEVNULL, check=True)
 
     def close(self):
         self.metrics.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def step_line(metrics):
@@ -135,6 +149,8 @@ def step_line(metrics):
     shown |= {name: metrics[name] for name in LINE if metrics.get(name) is not None}
     parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
     parts += [f"{phase} {value:.1f}s" for phase, value in metrics["seconds"].items() if value >= 0.05]
+    if metrics.get("entropy") is not None:
+        parts += [f"COLLAPSE: {name}" for name, is_seen in COLLAPSE.items() if is_seen(metrics)]
     return "  ".join([f"step {metrics['step']}", *parts])
 
 
@@ -147,13 +163,6 @@ def flatten(metrics, prefix=""):
         elif value is not None:
             flat[prefix + name] = value
     return flat
-
-
-def finite(value):
-    """NaN and infinities as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text):

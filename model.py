@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,35 +28,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 MAX_LOGITS = 2**28
 
 
-def packed_attention(
-    module, query, key, value, mask, scaling, cu_seqlens, max_seqlen, sliding_window=None, **_
-):
+def packed_attention(_, query, key, value, mask, scaling, cu_seqlens, max_seqlen, sliding_window=None, **__):
     """Causal attention inside each sequence of a pack, in the signature that transformers calls.
 
     query [1, A, T, D], key and value [1, A_kv, T, D], cu_seqlens int32 [B + 1]; returns [1, T, A, D] and no weights.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D]
-    grouped = key.shape[1] != query.shape[1]
+    how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
-        window = (
-            -1 if sliding_window is None else sliding_window - 1,
+        how["window_size"] = (
+            sliding_window - 1 if sliding_window else -1,
             0,
-        )  # tokens seen to the left, to the right
+        )  # tokens seen to the left and right
         spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen_attn(query, key, value, *spans, scale=scaling, window_size=window, enable_gqa=grouped)[
-            None
-        ], None
+        return varlen_attn(query, key, value, *spans, **how)[None], None
 
     # CPU: pad on the right, where a causal query never looks, and drop the padding again.
     real = torch.arange(max_seqlen) < cu_seqlens.diff()[:, None]  # [B, L]
 
     def padded(x):
         out = x.new_zeros(*real.shape, *x.shape[1:])  # [B, L, A, D]
-        out[real] = (
-            x  # at once: pad_sequence writes a row at a time, and its backward copies everything for each
-        )
+        out[real] = x  # at once: pad_sequence writes row by row, and its backward copies everything for each
         return out.transpose(1, 2)  # [B, A, L, D]
 
     query, key, value = padded(query), padded(key), padded(value)
@@ -63,7 +58,7 @@ def packed_attention(
     if sliding_window is not None and sliding_window < max_seqlen:
         mask = torch.ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - sliding_window)  # [L, L]
     out = F.scaled_dot_product_attention(
-        query, key, value, mask, scale=scaling, is_causal=mask is None, enable_gqa=grouped
+        query, key, value, mask, is_causal=mask is None, **how
     )  # [B, A, L, D]
     return out.transpose(1, 2)[real][None], None  # [1, T, A, D]
 
@@ -71,56 +66,27 @@ def packed_attention(
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] and its entropy, a chunk of tokens at a time; backward computes the logits again.
-
-    Memory is one chunk of logits instead of three copies of [N, V]. Sums and exponentials are in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
-        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] → logprobs, entropy, both fp32 [N]."""
-        logprobs, entropy, log_z = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
-        chunk = max(1, MAX_LOGITS // len(weight))
-        for i in range(0, len(targets), chunk):
-            span = slice(i, i + chunk)
-            logits = F.linear(hidden[span], weight, bias).float() / temperature  # [C, V]
-            log_z[span] = logits.logsumexp(-1)
-            logprobs[span] = logits.gather(-1, targets[span, None]).squeeze(-1) - log_z[span]  # [C]
-            probs = (logits - log_z[span, None]).exp_()
-            entropy[span] = log_z[span] - probs.mul_(logits).sum(-1)  # H = log Z − Σ p·logit
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)  # it is reported, not optimised
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        chunk = max(1, MAX_LOGITS // len(weight))
-        for i in range(0, len(targets), chunk):
-            span = slice(i, i + chunk)
-            logits = F.linear(hidden[span], weight, bias).float() / ctx.temperature
-            grad_logits = (logits - log_z[span, None]).exp_().neg_()  # −softmax                      [C, V]
-            grad_logits.scatter_add_(-1, targets[span, None], torch.ones_like(grad_logits[:, :1]))  # + onehot
-            grad_logits.mul_(grad[span, None] / ctx.temperature)
-            if bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden[span] = grad_logits @ weight  # [C, H]
-            grad_weight += grad_logits.T @ hidden[span]  # [V, H]
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
+def token_logprobs(hidden, targets, weight, bias, temperature):
+    """log softmax(h Wᵀ + b)[target] and the entropy: hidden [C, H], weight [V, H], targets [C] → both fp32 [C]."""
+    logits = F.linear(hidden, weight, bias).float() / temperature  # [C, V]
+    log_z = logits.logsumexp(-1)  # [C]
+    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    with torch.no_grad():  # it is reported, not optimised
+        entropy = log_z - ((logits - log_z[:, None]).exp_() * logits).sum(-1)  # H = log Z − Σ p·logit
+    return logprobs, entropy
 
 
 class LogprobHead(nn.Linear):
-    """The vocabulary projection that goes straight to log-probs. One module, so that ZeRO-3 gathers it once."""
+    """The vocabulary projection that goes straight to log-probs, a chunk of tokens at a time; backward computes the
+    logits again. Memory is one chunk of logits. One module, so that ZeRO-3 gathers the weight once."""
 
     def forward(self, hidden, targets, temperature):
-        return TokenLogprobs.apply(hidden, self.weight, self.bias, targets, temperature)
+        """hidden [N, H], targets [N] → log-probs and entropy, both fp32 [N]."""
+        size = max(1, MAX_LOGITS // len(self.weight))
+        chunks = zip(hidden.split(size), targets.split(size))
+        fixed = (self.weight, self.bias, temperature)
+        results = [checkpoint(token_logprobs, h, t, *fixed, use_reentrant=False) for h, t in chunks]
+        return tuple(map(torch.cat, zip(*results)))
 
 
 class Policy(nn.Module):
@@ -169,15 +135,16 @@ def hidden_states(backbone, pack):
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------
 
 
-def load_policy(path, dtype, gradient_checkpointing=False):
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="packed")
-    return Policy(checkpointed(hf, gradient_checkpointing))
-
-
-def load_critic(path, dtype, gradient_checkpointing=False, seed=0):
-    """A critic from a base model (fresh value head) or from a saved critic (its own head)."""
-    model = AutoModel.from_pretrained(path, dtype=dtype, attn_implementation="packed")
-    critic = Critic(checkpointed(model, gradient_checkpointing), seed)
+def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0):
+    """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own)."""
+    auto = AutoModel if kind == "critic" else AutoModelForCausalLM
+    hf = auto.from_pretrained(path, dtype=dtype, attn_implementation="packed")
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    hf.train()  # transformers checkpoints activations only in training mode; dropout is 0 in these models
+    if kind != "critic":
+        return Policy(hf)
+    critic = Critic(hf, seed)
     for file in sorted(glob.glob(os.path.join(path, "*.safetensors"))):
         with safe_open(file, framework="pt") as tensors:
             if "value_head.weight" in tensors.keys():
@@ -185,20 +152,9 @@ def load_critic(path, dtype, gradient_checkpointing=False, seed=0):
     return critic
 
 
-def checkpointed(hf, enabled):
-    if enabled:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-    hf.train()  # transformers checkpoints activations only in training mode; dropout is 0 in these models
-    return hf
-
-
 def save_pretrained(network, state_dict, folder):
-    """Write `state_dict` (whole tensors, named as in `network`) as a Hugging Face folder of safetensors."""
-    if isinstance(network, Policy):
-        state_dict = {name.removeprefix("hf."): tensor for name, tensor in state_dict.items()}
-        network.hf.generation_config.do_sample = (
-            True  # else a temperature in it, as some models have, is refused
-        )
-        network.hf.save_pretrained(folder, state_dict=state_dict)
-    else:
-        network.model.save_pretrained(folder, state_dict=state_dict)
+    """Write `state_dict` (Hugging Face name → whole tensor) as a folder of safetensors."""
+    hf = network.hf if isinstance(network, Policy) else network.model
+    if hf.can_generate():
+        hf.generation_config.do_sample = True  # else a temperature in it, as some models have, is refused
+    hf.save_pretrained(folder, state_dict=state_dict)

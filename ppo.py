@@ -20,10 +20,14 @@ Everything above the Learner needs torch and numpy only.
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
 
+import bisect
+import os
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 import model
 
@@ -72,7 +76,8 @@ def pack(lengths, budget, ranks, hidden_size):
     """Put samples into packs of at most `budget` tokens, as many packs on every rank and the same work on each.
 
     lengths [B]; returns plan[rank][i] = list of sample indices. All ranks have equally many packs, because ZeRO-3
-    gathers weights together, pack by pack; some may be empty. The number of packs is the least that a search finds to fit.
+    gathers weights together, pack by pack; some may be empty. At ORZ's sizes this takes at most one pack more than
+    the tokens need. Raises ValueError where a sample is over the budget.
 
     Work of a sequence of l tokens: linear layers cost about 24·H² per token and causal attention 2·H·l, so
     l · (1 + l / 12H) in units of a token. Packs of like work meet at the same time, the heaviest of them on the
@@ -81,54 +86,35 @@ def pack(lengths, budget, ranks, hidden_size):
     lengths = np.asarray(lengths)
     if lengths.max(initial=0) > budget:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
-    failed = max(0, -(-int(lengths.sum()) // (budget * ranks)) - 1)
-    for k in range(1, 9):  # of samples longer than budget / (k + 1) at most k share a pack
-        failed = max(failed, -(-int((lengths * (k + 1) > budget).sum()) // (k * ranks)) - 1)
-    step = 1  # in doubling steps to a number of packs that fits, and in halving ones back to the least
-    while (packs := fill_packs(lengths.tolist(), budget, (failed + step) * ranks)) is None or step > 1:
-        failed, step = (failed + step, 2 * step) if packs is None else (failed, step // 2)
-    work = [sum(lengths[i] * (1 + lengths[i] / (12 * hidden_size)) for i in indices) for indices in packs]
-    order = np.argsort(work, kind="stable")[::-1]
+    packs = best_fit(lengths, budget)
+    num_packs = -(-len(packs) // ranks) * ranks
+    for slack in (1.002, 1.01, 1.03):  # the same number of packs, as evenly filled as they get
+        evened = best_fit(lengths, min(budget, max(lengths.max(), slack * lengths.sum() / num_packs)))
+        if len(evened) <= num_packs:
+            packs = evened
+            break
+    packs += [[] for _ in range(num_packs - len(packs))]
+    cost = lengths * (1 + lengths / (12 * hidden_size))
+    work = np.array([cost[indices].sum() for indices in packs])
+    order = np.argsort(-work, kind="stable")
     plan, load = [[] for _ in range(ranks)], np.zeros(ranks)
-    for round_start in range(0, len(order), ranks):
-        for rank, i in zip(np.argsort(load, kind="stable"), order[round_start : round_start + ranks]):
+    for meeting in order.reshape(-1, ranks):
+        for rank, i in zip(np.argsort(load, kind="stable"), meeting):
             plan[rank].append(packs[i])
             load[rank] += work[i]
     return plan
 
 
-def fill_packs(lengths, budget, num_packs):
-    """All samples in `num_packs` lists of indices with nearly the same number of tokens, or None if they do not fit.
-
-    Each pack takes the longest sample that is left, and others that bring it up to its share of the tokens that are
-    left, or where they are too coarse for that, as close to the budget as they can: an exact subset sum over 64 or
-    more of them, spread over all lengths. Bit s of an integer says that some of them have s tokens together.
-    """
-    rest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    tokens, packs = sum(lengths), []
-    for packs_left in range(num_packs, 0, -1):
-        indices = rest[:1]
-        if rest:
-            share = max(0, -(-tokens // packs_left) - lengths[rest[0]])
-            room = (2 << budget - lengths[rest[0]]) - 1
-            others = rest[1 :: max(1, len(rest) // max(64, 2 * len(rest) // packs_left))]
-            sums = [1]
-            for i in others:
-                sums.append((sums[-1] | sums[-1] << lengths[i]) & room)
-            reachable = sums.pop()
-            best = (reachable & (2 << share) - 1).bit_length() - 1
-            if share - best > budget // 50:
-                best = reachable.bit_length() - 1
-            for i in reversed(others):
-                if not sums.pop() >> best & 1:  # not to be had without this one
-                    indices.append(i)
-                    best -= lengths[i]
-            taken = set(indices)
-            rest = [i for i in rest if i not in taken]
-            tokens -= sum(lengths[i] for i in indices)
-        packs.append(indices)
-        if tokens > budget * (packs_left - 1):
-            return None
+def best_fit(lengths, capacity):
+    """Lists of indices: longest first, each to the fullest list where it fits (best fit decreasing, Johnson 1974)."""
+    packs, rooms = [], []  # rooms: (tokens left, the pack they are left in), sorted
+    order = np.argsort(-lengths, kind="stable")
+    for i, length in zip(order.tolist(), lengths[order].tolist()):
+        place = bisect.bisect_left(rooms, (length,))
+        room, pack = rooms.pop(place) if place < len(rooms) else (capacity, len(packs))
+        packs[pack:] = packs[pack:] or [[]]
+        packs[pack].append(i)
+        bisect.insort(rooms, (room - length, pack))
     return packs
 
 
@@ -164,25 +150,17 @@ def gae(rewards, values, lengths, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over many responses at once.
 
     rewards and values [N], per token, responses laid end to end; lengths [B], their sizes, ΣN. Returns advantages
-    and returns, fp32 [N]. One vectorised step per position from the end, over the responses that reach it.
+    and returns, fp32 [N]. One step per position from the end, over all responses that reach it.
     """
     lengths = np.asarray(lengths)
     rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
-    last = np.cumsum(lengths) - 1  # [B] index of each response's last token
+    ends = np.cumsum(lengths)  # [B]
     next_values = np.append(values[1:], 0.0)  # [N]
-    next_values[last[lengths > 0]] = 0.0  # nothing follows the end
-    deltas = rewards + gamma * next_values - values  # [N]
-    advantages = np.empty_like(deltas)
-    order = np.argsort(-lengths, kind="stable")
-    last, running = last[order], np.zeros(len(lengths))
-    # num_active[k] = responses of more than k tokens: the first so many in `order`.
-    num_active = len(lengths) - np.searchsorted(
-        np.sort(lengths), np.arange(lengths.max(initial=0)), side="right"
-    )
-    for k, n in enumerate(num_active.tolist()):
-        index = last[:n] - k
-        running[:n] = deltas[index] + gamma * lam * running[:n]  # Â_t = δ_t + γλ Â_{t+1}
-        advantages[index] = running[:n]
+    next_values[ends[lengths > 0] - 1] = 0.0  # nothing follows the end
+    advantages = rewards + gamma * next_values - values  # [N], δ_t so far
+    for k in range(1, lengths.max(initial=0)):
+        index = ends[lengths > k] - 1 - k
+        advantages[index] += gamma * lam * advantages[index + 1]  # Â_t = δ_t + γλ Â_{t+1}
     return advantages.astype(np.float32), (advantages + values).astype(np.float32)
 
 
@@ -231,67 +209,85 @@ def deepspeed_config(cfg, dtype):
         "gradient_clipping": cfg.max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        },
-        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": 3, "overlap_comm": False},
     }
 
 
 class Learner:
     """One network under training: "policy", "critic", or "reference" (forward only). One per rank; calls are collective."""
 
-    def __init__(self, kind, cfg, path, device, dtype, tick=lambda: None):
+    def __init__(self, kind, cfg, path, device, dtype):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        self.kind, self.cfg, self.device, self.tick = kind, cfg, device, tick
-        self.updates = 0  # applied so far
-        self.drift_max = 0.0  # the largest difference of log-probs that this rank saw
-        self.updates_per_step = (
-            cfg.policy_updates_per_step if kind == "policy" else cfg.critic_updates_per_step
-        )
+        self.kind, self.cfg, self.device = kind, cfg, device
+        self.updates = 0  # so far; it follows from the step
+        self.done, self.total = 0, 0  # packs of the call at work
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
         config = deepspeed_config(cfg, dtype)
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
-        if kind == "critic":
-            network = model.load_critic(path, dtype, cfg.gradient_checkpointing, cfg.seed)
-        else:
-            network = model.load_policy(path, dtype, cfg.gradient_checkpointing)
+        network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
         del partition_while_loading
-        self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)
+        self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
         optimizer = None
         if self.lr is not None:
-            fused = device.type == "cuda"
-            optimizer = torch.optim.AdamW(
-                network.parameters(), self.lr, betas=tuple(cfg.adam_betas), weight_decay=0.0, fused=fused
-            )
+            how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
+            optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how)
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
         self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @torch.no_grad()
     def forward(self, batch, plan):
-        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N of this rank's samples, in the plan's order]."""
-        results = []
+        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
+        self.done, self.total = 0, len(plan[self.rank])
+        results = torch.zeros(len(batch.logprobs), device=self.device)  # [N]
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
             out = self.engine(pack) if self.kind == "critic" else self.engine(pack, self.cfg.temperature)[0]
-            results.append(out.cpu().numpy())
-            self.tick()
-        return np.concatenate(results)
+            for i, result in zip(indices, out.split(batch.response_lens[indices].tolist())):
+                results[batch.response(i)] = result
+            self.done += 1
+        torch.distributed.all_reduce(results)
+        return results.cpu().numpy()
 
-    def update(self, batch, plan):
-        """One optimizer update on the samples of `plan` (all ranks' packs); returns {metric: [sum, count]} over all ranks.
+    def update(self, batch, plans):
+        """One optimizer update on the samples of each plan (all ranks' packs); returns {metric: mean over all elements}
+        and, of the policy, update_kl: k3 (Schulman 2020) between it before and after, on a few samples.
 
-        Raises FloatingPointError or DriftError before the update is applied, on all ranks alike.
+        Raises FloatingPointError or DriftError, on all ranks alike, instead of applying an update.
         """
+        sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
+        report = [[packs[0][:4]] for packs in plans[0]]
+        before = self.forward(batch, report) if self.kind == "policy" else None
+        self.done, self.total = 0, sum(len(plan[self.rank]) for plan in plans)
+        for plan in plans:
+            metrics, grad_norm = self.accumulate(batch, plan), np.inf
+            self.updates += 1
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+            if np.isfinite(list(metrics.values())).all():
+                self.engine.step()  # DeepSpeed leaves out an update whose gradient is not finite
+                grad_norm = float(self.engine.get_global_grad_norm())
+            if not np.isfinite(grad_norm):
+                self.engine.optimizer._overflow_clean_up(None)  # forgets the gradients
+                raise FloatingPointError(f"the {self.kind} update was not finite, nor applied: {metrics}")
+            metrics |= {f"grad_norm_{self.kind}": [grad_norm, 1], f"lr_{self.kind}": [group["lr"], 1]}
+            for name, total_and_count in metrics.items():
+                sums[name] += total_and_count
+        means = {name: float(total / count) if count else None for name, (total, count) in sums.items()}
+        if self.kind == "policy":
+            log_ratio = self.forward(batch, report) - before  # [N], 0 outside the report
+            num_tokens = sum(batch.response_lens[packs[0]].sum() for packs in report)
+            means["update_kl"] = float((np.exp(log_ratio) - 1 - log_ratio).sum() / max(1, num_tokens))
+        return means
+
+    def accumulate(self, batch, plan):
+        """The gradient of one update; returns the [sum, count] of its metrics over all ranks."""
         num_tokens = sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
         terms = self.policy_terms if self.kind == "policy" else self.critic_terms
-        sums = {}
+        sums, drift_max = {}, torch.zeros((), device=self.device)
         for indices in plan[self.rank]:
             loss, vectors = terms(batch, indices)
             # ZeRO-3 divides every reduced gradient by the number of ranks; multiplying by it first leaves the sum.
@@ -300,25 +296,19 @@ class Learner:
                 total = vector.detach().double().sum()
                 sums[name] = sums.get(name, 0) + torch.stack([total, torch.full_like(total, len(vector))])
             if "drift_mean" in vectors and len(loss):
-                self.drift_max = max(self.drift_max, float(vectors["drift_mean"].detach().max()))
-            self.tick()
+                drift_max = torch.max(drift_max, vectors["drift_mean"].detach().max())
+            self.done += 1
         totals = torch.stack(list(sums.values()))  # [M, 2]
         torch.distributed.all_reduce(totals)
         metrics = dict(zip(sums, totals.tolist()))
-        self.check(metrics)
-        self.updates += 1
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
-        self.engine.step()
-        metrics[f"grad_norm_{self.kind}"] = (float(self.engine.get_global_grad_norm()), 1)
-        metrics[f"lr_{self.kind}"] = (group["lr"], 1)
+        if "drift_mean" in metrics:
+            torch.distributed.all_reduce(drift_max, torch.distributed.ReduceOp.MAX)
+            metrics["drift_max"] = [float(drift_max), 1]
+            self.check_drift(*metrics["drift_mean"])
         return metrics
 
-    def check(self, metrics):
-        """Refuse an update of numbers that went wrong, or of samples that another policy made."""
-        if not np.isfinite(list(metrics.values())).all():
-            raise FloatingPointError(f"the {self.kind} update is not finite and was not applied: {metrics}")
-        drift, count = metrics.get("drift_mean", (0.0, 1))
+    def check_drift(self, drift, count):
+        """Refuse an update on samples that another policy made."""
         if drift / count > self.drift_limit >= 0:
             raise DriftError(
                 f"vLLM and the policy give the same tokens log-probs {drift / count:.2g} apart on average, over the "
@@ -352,19 +342,17 @@ class Learner:
         loss = value_loss(values, pack["values"], pack["returns"], self.cfg.value_clip)
         return loss, {"v_loss": loss, "value_clipfrac": (values - pack["values"]).abs() > self.cfg.value_clip}
 
-    def weights(self, bucket_bytes=2**30):
-        """Yield (Hugging Face name, whole tensor) of every parameter, gathered a bucket at a time. All ranks together."""
+    def weights(self):
+        """Yield (Hugging Face name, whole tensor) of every parameter, gathered 16 at a time. All ranks together."""
         import deepspeed
 
-        bucket, size = [], 0
         parameters = list(self.network.named_parameters())
-        for i, (name, parameter) in enumerate(parameters):
-            bucket.append((name, parameter))
-            size += parameter.ds_numel * parameter.element_size()
-            if size >= bucket_bytes or i == len(parameters) - 1:
-                with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
-                    yield from ((name.removeprefix("hf."), p.data) for name, p in bucket)
-                bucket, size = [], 0
+        for i in range(
+            0, len(parameters), 16
+        ):  # a layer or two, 1 GB in a 32B model; one by one costs ten times more
+            bucket = parameters[i : i + 16]
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                yield from ((name.removeprefix("hf."), p.data) for name, p in bucket)
 
     def export(self, folder):
         """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""
@@ -383,9 +371,8 @@ class Learner:
             return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        parts = {State.lp_grads, State.contiguous_grad_buffer} | (
-            set() if keep_weights else {State.lp_params}
-        )
+        parts = {State.lp_grads, State.contiguous_grad_buffer}
+        parts |= set() if keep_weights else {State.lp_params}
         if self.lr is not None:
             self.move_optimizer("cpu")
             self.engine.offload_states(include=parts)
@@ -398,8 +385,35 @@ class Learner:
 
     def move_optimizer(self, device):
         """Move the fp32 weights and AdamW's moments: DeepSpeed's own mover wants FusedAdam, which needs nvcc."""
-        for master in self.engine.optimizer.fp32_partitioned_groups_flat:
-            master.data = master.data.to(device)
-            for name, moment in self.engine.optimizer.optimizer.state.get(master, {}).items():
-                if torch.is_tensor(moment) and moment.dim() > 0:
-                    moment.data = moment.data.to(device)
+        for _, tensor in self.optimizer_state():
+            if tensor.dim() > 0:
+                tensor.data = tensor.data.to(device)
+
+    # ---- Checkpoints: this rank's part in one file, which is no pickle -------------------------------------------
+
+    def optimizer_state(self):
+        """Yield (name, tensor): the fp32 weights and AdamW's state, of which all else follows."""
+        for i, master in enumerate(self.engine.optimizer.fp32_partitioned_groups_flat):
+            yield f"{i}.weights", master
+            for name, tensor in self.engine.optimizer.optimizer.state[master].items():
+                yield f"{i}.{name}", tensor
+
+    def save(self, folder):
+        path = f"{folder}/{self.kind}_{self.rank}.safetensors"
+        save_file({name: tensor.detach().cpu() for name, tensor in self.optimizer_state()}, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def load(self, folder, step):
+        """Become what was saved after `step`."""
+        self.onload()
+        zero, saved = self.engine.optimizer, load_file(f"{folder}/{self.kind}_{self.rank}.safetensors")
+        zero._partition_all_parameters()
+        for i, master in enumerate(zero.fp32_partitioned_groups_flat):
+            master.data.copy_(saved.pop(f"{i}.weights"))
+            mine = {name.partition(".")[2]: name for name in saved if name.startswith(f"{i}.")}
+            zero.optimizer.state[master] = {key: saved[name].to(self.device) for key, name in mine.items()}
+            zero._reassign_or_swap_out_partitioned_parameters(i)  # the weights at work, from the fp32 ones
+        zero._post_step(set())  # small weights are kept whole on every rank
+        self.updates = step * getattr(self.cfg, f"{self.kind}_updates_per_step")
+        self.offload()

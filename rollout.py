@@ -3,16 +3,16 @@
 In:   prompts as token ids, and the policy's weights as an iterator of (Hugging Face name, tensor).
 Out:  finished responses one by one: token ids as sampled, their log-probs, text, finish reason.
 
-    asleep ── wake_weights ── load_weights ── wake_cache ── generate … generate ── sleep ── (training) ── asleep
+    asleep ── wake("weights") ── load_weights ── wake("kv_cache") ── generate … generate ── sleep ── (training) ── asleep
 
 vLLM joins the torch.distributed world that the Worker has made (executor "external_launcher"): ranks 0…tp−1 are the
 first engine, the next tp the second. Every rank of such a group holds a scheduler of its own and must make the same
 calls with the same prompts and the same seed. Every vLLM call of this project is in this file.
 """
 
-import hashlib
 import json
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Rollout:
 
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
+        self.done, self.total = 0, 0  # requests of the call at work
         self.interrupted = False  # set from another thread where the run is to end
         rng = torch.get_rng_state()  # building an engine reseeds its host's generators
         self.llm = LLM(
@@ -76,19 +77,18 @@ class Rollout:
         )
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
-        ids_hash = 0
+        ids_hash, self.done, self.total = 0, 0, len(requests)
         # Ranks of one engine must end at the same step, so that only an engine of one rank can be interrupted.
-        while self.engine.has_unfinished_requests() and not (
-            self.interrupted and self.cfg.tensor_parallel == 1
-        ):
+        may_stop = self.cfg.tensor_parallel == 1
+        while self.engine.has_unfinished_requests() and not (self.interrupted and may_stop):
             for output in self.engine.step():
                 if output.finished:
                     index, response = int(output.request_id), output.outputs[0]
                     ids = np.array(response.token_ids, np.int32)
                     logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
-                    digest = hashlib.blake2b(index.to_bytes(8) + ids.tobytes(), digest_size=7).digest()
-                    ids_hash ^= int.from_bytes(digest, "big")
+                    ids_hash ^= zlib.crc32(ids.tobytes(), index)
                     on_finish(index, ids, logprobs, response.text, response.finish_reason)
+                    self.done += 1
         return ids_hash
 
     def load_weights(self, weights):
@@ -123,28 +123,22 @@ class Rollout:
         if self.readable:
             held = sum(checksum(parameter) for parameter in self.model.parameters())
             if not torch.allclose(sum(sent), held, rtol=1e-9, atol=1e-5):
-                raise SyncError(
-                    f"vLLM holds other weights than were sent: {held.tolist()} for {sum(sent).tolist()}"
-                )
+                raise SyncError(f"vLLM holds other weights than were sent: {held} for {sum(sent)}")
 
     def sleep(self):
         if self.on_gpu:
             self.llm.sleep(level=2)  # weights and KV cache are dropped; the next sync brings new weights
 
-    def wake_weights(self):
+    def wake(self, what):
+        """Take back the GPU memory of "weights" or "kv_cache"."""
         if self.on_gpu:
-            self.llm.wake_up(tags=["weights"])
-
-    def wake_cache(self):
-        if self.on_gpu:
-            self.llm.wake_up(tags=["kv_cache"])
+            self.llm.wake_up(tags=[what])
 
 
 def checksum(tensor):
     """Sum and sum of squares in fp64, without an fp64 copy."""
-    return torch.stack(
-        [tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2]
-    )
+    total, norm = tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return torch.stack([total, norm**2])
 
 
 def repack_tied_head(vllm_model):

@@ -26,8 +26,26 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "demo"
 WORKERS = f"--workers={min(2, os.cpu_count())}"
 RUNS = {f"seed {seed}": [f"--seed={seed}"] for seed in (1, 2, 3)}
-RUNS["shuffled rewards"] = ["--seed=1", "--shuffle_rewards=True"]
+RUNS["shuffled rewards"] = ["--seed=1"]
 RUNS["learning rate 0"] = ["--seed=1", "--policy_lr=0"]
+
+
+# A control: in training the reward says nothing about the response.
+SHUFFLED = """
+import sys, launch
+
+class Shuffled(launch.Workers):
+    def generate(self, phase, prompts, num_samples, step):
+        samples = super().generate(phase, prompts, num_samples, step)
+        if phase != "eval":
+            rewards = launch.rng_for(step, "shuffle").permutation([sample.reward for sample in samples])
+            for sample, reward in zip(samples, rewards.tolist()):
+                sample.reward = reward
+        return samples
+
+launch.Workers = Shuffled
+sys.exit(launch.main(sys.argv[1:]))
+"""
 
 
 def share_of_work(file):
@@ -48,7 +66,7 @@ def run(name, arguments):
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
-            "launch.py",
+            *(["-c", SHUFFLED] if name == "shuffled rewards" else ["launch.py"]),
             "configs/tiny.py",
             f"--out_dir={folder}",
             "--name=run",

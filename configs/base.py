@@ -5,18 +5,14 @@ plain Python with x for the value; configs/load.py evaluates them, so what is wr
 `python launch.py --help` prints this file.
 """
 
+from pathlib import Path
+
+_orz_prompt = (Path(__file__).parent / "orz_prompt.txt").read_text()  # byte for byte (MIT)
+
 # ---- What is trained, on what ------------------------------------------------------------------------------
 model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 base models) [x != ""]
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
-prompt_template = (  # ORZ's, byte for byte (MIT), or "chat" = the model's own [x == "chat" or x.count("{question}") == 1]
-    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
-    "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
-    "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, "
-    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
-    "User: You must put your answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. "
-    "And your final answer will be extracted automatically by the \\boxed{} tag.\n"
-    "This is the problem:\n{question}\nAssistant: <think>"
-)
+prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
 train_data = []  # files of questions: ORZ's JSON lists, or JSONL {"question", "answer"} [len(x) > 0]
 eval_data = []  # held-out files, same formats or ORZ's evaluation lists; none = no evaluation
 
@@ -36,6 +32,7 @@ gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
 grader_processes = 0  # per engine; 0 = one per core that falls to it, at most 8 [x >= 0]
 phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest, at least 600 [x >= 0]
+max_restarts = 3  # of the Workers, after one has died or hung, from the newest checkpoint [x >= 0]
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
 prompts_per_step = 128  # questions per step (ORZ, section 2.2) [x > 0]
@@ -61,11 +58,12 @@ lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
 kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
 drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0 and top_p == 1]
-shuffle_rewards = False  # a control experiment: rewards permuted over the batch
+on_nonfinite = "stop"  # or "skip" the update, where a number of it is not finite [x in ("stop", "skip")]
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
 eval_every = 10  # steps; also before the first and after the last; -1 = off [x == -1 or x > 0]
 eval_samples = 16  # responses per held-out question: accuracy is their mean (ORZ: avg@16) [x > 0]
 eval_temperature = 1.0  # (ORZ) [0 < x <= 100]
 eval_top_p = 1.0  # (ORZ) [0 < x <= 1]
-save_every = 50  # steps between exports in Hugging Face format; -1 = only at the end [x == -1 or x > 0]
+save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
+keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -29,13 +29,11 @@ def load(argv):
         print(f"usage: python launch.py CONFIG [--key=value …]\n\n{BASE.read_text(encoding='utf-8')}")
         sys.exit(0)
     if not argv or argv[0].startswith("-"):
-        raise UserError(
-            "the config file comes first: python launch.py configs/tiny.py --key=value …, or --help"
-        )
+        raise UserError("the config file comes first: python launch.py CONFIG --key=value …, or --help")
     base = read_file(BASE)
     settings = dict(base)
     for key, value in read_file(argv[0]).items():
-        settings[key] = checked(key, value, base, line_of(key, argv[0]))
+        settings[key] = checked(key, value, base, argv[0])
     for argument in argv[1:]:
         key, equals, text = argument.removeprefix("--").partition("=")  # key=a=b splits at the first
         if not argument.startswith("--") or not equals:
@@ -62,18 +60,8 @@ def read_file(path):
         line = lines[-1] if lines else getattr(error, "lineno", 1)
         reason = " ".join(str(error).split())
         raise UserError(f"{path}:{line}: {type(error).__name__}: {reason}") from None
-    return {
-        name: value
-        for name, value in names.items()
-        if not name.startswith("_") and not callable(value) and not isinstance(value, ModuleType)
-    }
-
-
-def line_of(key, path):
-    """file:line of the last assignment to a setting; only the file where one that it imports assigns it."""
-    source = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [number for number, line in enumerate(source, 1) if re.match(rf"\s*{key}\b", line)]
-    return f"{path}:{lines[-1]}" if lines else path
+    hidden = [name for name, x in names.items() if name[0] == "_" or callable(x) or isinstance(x, ModuleType)]
+    return {name: value for name, value in names.items() if name not in hidden}
 
 
 def parse(text, default):
@@ -109,7 +97,7 @@ def fits(value, default):
 
 def documentation():
     """base.py's own words: setting → (comment, what is legal)."""
-    pattern = r"^(\w+) = .*?  # (.*?)(?: \[([^][]+)\])?$"
+    pattern = r"^([a-z]\w*) = .*?  # (.*?)(?: \[([^][]+)\])?$"
     found = re.findall(pattern, BASE.read_text(encoding="utf-8"), re.MULTILINE)
     return {key: (comment, legal) for key, comment, legal in found}
 

@@ -207,12 +207,12 @@ def test_refused_on_the_command_line(argument):
 
 
 BROKEN_FILES = {
-    "stepz = 3": [":3", "'stepz'", "did you mean steps?"],
-    "steps = '3'": [":3", "steps", "whole number", "'3'"],
-    "if True:\n    steps = 3.5": [":4", "steps", "whole number"],
+    "stepz = 3": ["mine.py", "'stepz'", "did you mean steps?"],
+    "steps = '3'": ["mine.py", "steps", "whole number", "'3'"],
+    "if True:\n    steps = 3.5": ["mine.py", "steps", "whole number"],
     "temperature = float('nan')": ["temperature=nan"],
-    "train_data = 'a.json'": [":3", "train_data", "a list", "'a.json'"],
-    "train_data = ('a.json',)": [":3", "train_data", "a list"],
+    "train_data = 'a.json'": ["mine.py", "train_data", "a list", "'a.json'"],
+    "train_data = ('a.json',)": ["mine.py", "train_data", "a list"],
     "steps = (": [":3", "SyntaxError"],
     "steps = 1 / 0": [":3", "ZeroDivisionError"],
     "import no_such_module": [":3", "ModuleNotFoundError", "no_such_module"],

@@ -70,7 +70,7 @@ def learner_checks(path, batch):
         trained = learner(kind, **overrides)
         before, metrics = weights(trained), []
         for plan in plans:
-            metrics.append(means(trained.update(batch, plan)))
+            metrics.append(trained.update(batch, [plan]))
             between(trained)
         return {name: tensor - before[name] for name, tensor in weights(trained).items()}, metrics
 
@@ -90,7 +90,7 @@ def learner_checks(path, batch):
                 step()
 
             with mock.patch.object(still.engine, "step", record):
-                norm = means(still.update(batch, plan))[f"grad_norm_{kind}"]
+                norm = still.update(batch, [plan])[f"grad_norm_{kind}"]
             return grads, norm
 
         for num_packs in SPLITS:
@@ -121,40 +121,52 @@ def learner_checks(path, batch):
 
     # Two policy updates: the second one's ratio is no longer 1.
     twice = learner("policy", policy_updates_per_step=2)
-    first = means(twice.update(batch, whole[0]))
-    ratio = np.exp(in_batch_order(batch, whole[0], twice.forward(batch, whole[0])) - batch.old_logprobs)
-    results["two policy updates"] = first, means(twice.update(batch, whole[0])), ratio
+    first = twice.update(batch, whole)
+    ratio = np.exp(twice.forward(batch, whole[0]) - batch.old_logprobs)
+    results["two policy updates"] = first, twice.update(batch, whole), ratio
 
     # Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update.
+    def infinite(self, *arguments):
+        """A finite loss whose gradient is not: √ at 0."""
+        loss, vectors = policy_terms(self, *arguments)
+        return loss + (loss - loss.detach()).abs().clamp(min=0).sqrt() if rank == 0 else loss, vectors
+
+    policy_terms = ppo.Learner.policy_terms
     for name, field, error in (
         ("not finite", "advantages", FloatingPointError),
+        ("infinite gradient", None, FloatingPointError),
         ("drift", "logprobs", ppo.DriftError),
     ):
-        spoilt = learner("policy")
-        before, good = weights(spoilt), getattr(batch, field)
+        spoilt = learner("policy", max_grad_norm=CLIP)
+        before, good = weights(spoilt), getattr(batch, field or "logprobs")
         bad = good.copy()
-        bad[batch.response(0)] = np.nan if name == "not finite" else good[batch.response(0)] - 1
-        with mock.patch.object(batch, field, bad), pytest.raises(error) as caught:
-            spoilt.update(batch, whole[0])
+        if field:
+            bad[batch.response(0)] = np.nan if name == "not finite" else good[batch.response(0)] - 1
+        terms = policy_terms if field else infinite
+        with mock.patch.object(batch, field or "logprobs", bad), pytest.raises(error) as caught:
+            with mock.patch.object(ppo.Learner, "policy_terms", terms):
+                spoilt.update(batch, whole)
         unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
-        results[name] = str(caught.value), unchanged
+        change = None
+        if error is FloatingPointError:  # skipped: the next update must know nothing of it
+            spoilt.update(batch, whole)
+            change = {key: tensor - before[key] for key, tensor in weights(spoilt).items()}
+        results[name] = str(caught.value), unchanged, change
+
+    # Saved after two updates and loaded by another Learner, which is then the same to the last bit.
+    for kind in ("policy", "critic"):
+        first, second = (learner(kind, drift_limit=-1.0) for _ in range(2))
+        plans = whole if kind == "policy" else mini_batches(world_size)
+        first.update(batch, plans)
+        first.save(".")  # this call's own folder
+        second.load(".", 1)
+        both = []
+        for trained in (first, second):
+            metrics = trained.update(batch, plans[:1])
+            both.append((metrics, weights(trained), trained.updates))
+        same = all(torch.equal(both[0][1][key], both[1][1][key]) for key in both[0][1])
+        results["saved", kind] = same, both[0][0] == both[1][0], both[0][2], both[1][2]
     return results
-
-
-def means(metrics):
-    """What Learner.update returns, a sum and a count over all ranks for each metric, as means."""
-    return {name: total / count for name, (total, count) in metrics.items()}
-
-
-def in_batch_order(batch, plan, local):
-    """What every rank's Learner.forward returned, as one array over the batch's response tokens."""
-    gathered = [None] * len(plan)
-    torch.distributed.all_gather_object(gathered, local)
-    indices = [i for packs in plan for pack in packs for i in pack]
-    places = np.concatenate([np.arange(len(batch.logprobs))[batch.response(i)] for i in indices])
-    result = np.empty(len(places), np.float32)
-    result[places] = np.concatenate(gathered)
-    return result
 
 
 def move_away_and_back(learner):
@@ -178,7 +190,7 @@ def plain_updates(kind, path, samples, batch, plans, max_grad_norm, lr=1e-3):
     if kind == "policy":
         network = tiny_models.plain_policy(path)
     else:
-        head = model.load_critic(path, torch.float32, seed=1).value_head.weight.data
+        head = model.load_network("critic", path, torch.float32, seed=1).value_head.weight.data
         network = tiny_models.PlainCritic(path, head)
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -333,9 +345,19 @@ def test_two_policy_updates_report_their_clipping(checks, data):
 
 
 def test_bad_numbers_stop_every_rank_before_the_update(checks):
-    """NaN on one rank: the others would go on and wait for ever, or all weights become NaN."""
+    """NaN on one rank: the others would go on and wait for ever, or all weights become NaN; or the update after one that
+    was skipped adds its gradient to the leftovers."""
     for rank in checks:
-        message, unchanged = rank["not finite"]
-        assert "not finite" in message and unchanged
-        message, unchanged = rank["drift"]
+        for name in ("not finite", "infinite gradient"):
+            message, unchanged, change = rank[name]
+            assert "not finite" in message and unchanged
+            assert same_update(change, rank["policy", CLIP][0])
+        message, unchanged, _ = rank["drift"]
         assert "stale weights" in message and unchanged
+
+
+def test_a_loaded_learner_is_the_saved_one(checks):
+    """A resume without AdamW's moments, with weights at work that are not those loaded, or in warm-up again."""
+    for rank in checks:
+        assert rank["saved", "policy"] == (True, True, 2, 2)
+        assert rank["saved", "critic"] == (True, True, 13, 13)

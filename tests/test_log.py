@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import log as log_module
+import plot
 from configs.load import UserError
 from data.load import Prompt, Question
 from log import Log, printable, step_line
@@ -24,8 +25,8 @@ METRICS = {
     "cut_off": 0.125,
     "entropy": 0.5,
     "clipfrac_low": None,
-    "v_loss": float("nan"),
-    "explained_var": float("-inf"),
+    "v_loss": 0.25,
+    "explained_var": None,
     "drift_mean": 1e-7,
     "drift_max": 2e-6,
     "tokens": 6000,
@@ -43,6 +44,7 @@ def settings(tmp_path, **more):
 @pytest.fixture
 def run(tmp_path):
     run = Log(settings(tmp_path))
+    run.cut(0)
     yield run
     run.close()
 
@@ -58,16 +60,16 @@ def rows(path):
 
 
 def test_metrics_are_valid_json_and_keep_their_values(run):
-    """NaN in metrics.jsonl: jq, JavaScript and pandas stop at the first bad step. Or a row waits in a buffer when the
-    run is killed."""
+    """NaN in metrics.jsonl, in silence: jq and JavaScript stop there. Or a row waits in a buffer when the run is killed."""
     run.step(METRICS)
     run.step(METRICS | {"step": 4})
     first, second = rows(run.dir / "metrics.jsonl")  # the file is still open: what is written must be there
     assert (first["step"], second["step"]) == (3, 4)
-    assert first["v_loss"] is None and first["explained_var"] is None and first["clipfrac_low"] is None
-    untouched = set(METRICS) - {"step", "v_loss", "explained_var"}
-    assert {key: first[key] for key in untouched} == {key: METRICS[key] for key in untouched}
-    assert first["tokens_per_second"] == 6000 / 2.001  # evaluation is not training
+    assert {key: first[key] for key in METRICS} == METRICS
+    assert first["tokens_per_second"] == pytest.approx(6000 / 2.001)  # evaluation is not training
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.step(METRICS | {"step": 5, "entropy": float("nan")})
+    assert len(rows(run.dir / "metrics.jsonl")) == 2
 
 
 def test_tensorboard_holds_the_same_numbers(run):
@@ -86,14 +88,13 @@ def test_tensorboard_holds_the_same_numbers(run):
 
 
 def test_step_line_shows_what_was_measured():
-    """NaN is left out of the line that people watch; a number that does not exist is shown as 0."""
+    """A number that does not exist is shown as 0."""
     line = step_line(METRICS | {"tokens_per_second": 12345.6})
     parts = line.split("  ")
     assert parts[:2] == ["step 3", "eval[math] 0.5"]
     assert {
         "reward 0.25",
-        "v_loss nan",
-        "explained_var -inf",
+        "v_loss 0.25",
         "drift_max 2e-06",
         "tokens_per_second 12,346",
     } <= set(parts)
@@ -106,6 +107,18 @@ def test_step_line_shows_what_was_measured():
     } <= set(parts)
     assert "pack" not in line and "\n" not in line
     assert step_line({"step": 0, "seconds": {}}) == "step 0"
+
+
+def test_collapse_is_called_by_name():
+    """A run that learns nothing any more goes on for days: no entropy, nothing to compare, nothing that ends."""
+    assert "COLLAPSE" not in step_line(METRICS)
+    for change, name in (
+        ({"entropy": 0.001}, "entropy near zero"),
+        ({"reward": 0.0}, "all rewards equal"),
+        ({"reward": 1.0}, "all rewards equal"),
+        ({"cut_off": 0.95}, "responses at the length limit"),
+    ):
+        assert step_line(METRICS | change).endswith(f"COLLAPSE: {name}")
 
 
 def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
@@ -128,12 +141,12 @@ def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError):
-        run.curves()
+        plot.main([str(run.dir)])
     assert (run.dir / "curves.png").read_bytes() == picture
 
 
 def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
-    """A second evaluation set is measured for a week and never drawn."""
+    """A second evaluation set is measured for a week and never drawn; two runs in one picture cannot be told apart."""
     from matplotlib.figure import Figure
 
     drawn = {}
@@ -144,10 +157,17 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", look)
     run.step(METRICS | {"eval": {"a": {"accuracy": 0.1}, "b": {"accuracy": 0.2}}, "v_loss": 0.1})
-    run.curves()
+    plot.main([str(run.dir)])
     assert drawn["Reward"] == ["reward", "eval/a/accuracy", "eval/b/accuracy"]
     assert drawn["Response length (tokens)"] == ["response_tokens"]
     assert drawn["Critic"] == ["v_loss"]
+    (other := run.dir.parent / "b").mkdir()
+    (other / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 0.5}\n{"step": 2, "rew'
+    )  # a crash cut it short
+    assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
+    assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
+    assert plot.main([str(run.dir.parent / "none")]) == 2
 
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
@@ -177,7 +197,7 @@ def test_terminal_is_safe(run, capsys):
     """A response clears the screen, renames the window, or reverses the line, and hides what was there."""
     run.show(PROMPTS, sample(NASTY))
     shown = capsys.readouterr().out
-    assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "answer 7" in shown
+    assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "the answer is 7" in shown
     assert all(character == "\n" or character.isprintable() for character in shown)
     assert printable("plain ε text\n") == "plain ε text\n"
 
@@ -194,15 +214,13 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
 
 def test_progress_only_where_someone_looks(run, monkeypatch):
     """A log file of a batch system fills with redrawn bars."""
-    with run.progress("generate", 10) as update:
-        assert update is None
+    with run.progress("generate") as show:
+        assert show is None
     monkeypatch.setattr(
         sys, "stderr", SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None)
     )
-    with run.progress("sync", 0) as update:
-        assert update is None  # nothing to count
-    with run.progress("generate", 10) as update:
-        update(4)
+    with run.progress("generate") as show:
+        show(4, 10)
 
 
 # ---- The folder ----------------------------------------------------------------------------------------------------
@@ -214,13 +232,59 @@ def test_folder_holds_the_settings(run):
 
 
 def test_existing_folder_is_left_alone(tmp_path):
-    """A second run of the same name writes into the first one's files."""
+    """A folder that is no run, or another run of the same name: its files are written into."""
     (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/metrics.jsonl").write_text("precious")
-    with pytest.raises(UserError, match="exists already: choose another --name"):
+    (tmp_path / "runs/a/thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
-    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["metrics.jsonl"]
-    assert (tmp_path / "runs/a/metrics.jsonl").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
+    (tmp_path / "runs/a/thesis.tex").unlink()
+    Log(settings(tmp_path, seed=1, steps=3)).close()
+    with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
+        Log(settings(tmp_path, seed=2, steps=4))
+    Log(settings(tmp_path, seed=1, steps=4)).close()  # longer is the same run
+    assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
+
+
+def test_one_process_at_a_time(run, tmp_path):
+    """The same command started twice: two runs write into the same files."""
+    with pytest.raises(UserError, match="another process is at work in it"):
+        Log(settings(tmp_path))
+
+
+def test_cut_forgets_what_came_after(run):
+    """A step that is made again stands twice in metrics.jsonl or TensorBoard, or a crash in mid-line stops the resume."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in range(5):
+        run.step(METRICS | {"step": step, "reward": step / 10})
+    before = (run.dir / "metrics.jsonl").read_text()
+    with open(run.dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "rew')
+    run.cut(3)
+    assert (run.dir / "metrics.jsonl").read_text() == "".join(before.splitlines(keepends=True)[:4])
+    run.step(METRICS | {"step": 4, "reward": 0.9})
+    assert [row["step"] for row in rows(run.dir / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    run.tensorboard.flush()
+    events = EventAccumulator(str(run.dir / "tensorboard")).Reload().Scalars("reward")
+    assert [(event.step, round(event.value, 6)) for event in events] == [
+        (0, 0),
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.9),
+    ]
+    run.cut(0)  # nothing was saved: from the beginning
+    assert rows(run.dir / "metrics.jsonl") == []
+
+
+def test_best_checkpoint(run):
+    """The checkpoint with the best evaluation is deleted, or one that was never evaluated is kept for it."""
+    for step, accuracy in ((2, 0.3), (4, 0.6), (6, 0.5), (8, 0.9)):
+        run.step(METRICS | {"step": step, "eval": {"a": {"accuracy": accuracy}, "b": {"accuracy": 0.1}}})
+    run.step({name: value for name, value in METRICS.items() if name != "eval"} | {"step": 9})
+    assert run.best([2, 4, 6, 9]) == 4
+    assert run.best([9]) is None
 
 
 def test_no_folder_can_be_made(tmp_path):
@@ -251,20 +315,11 @@ def test_wandb_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
-    """wandb's step counter runs by itself and its curves are off by the evaluations."""
+def test_wandb_follows_tensorboard(tmp_path, monkeypatch):
+    """wandb's own step counter is off by the evaluations; a resumed run becomes another one there."""
     calls = []
-    fake = SimpleNamespace(
-        log=lambda scalars, step: calls.append((step, scalars)), finish=lambda: calls.append("finish")
-    )
     monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: fake))
-    run = Log(settings(tmp_path, wandb=True))
-    run.step(METRICS)
-    run.close()
-    (step, scalars), end = calls
-    assert (
-        (step, end) == (3, "finish")
-        and scalars["eval/math/accuracy"] == 0.5
-        and "clipfrac_low" not in scalars
-    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: calls.append(how)))
+    Log(settings(tmp_path, wandb=True)).close()
+    (how,) = calls
+    assert how["sync_tensorboard"] and how["resume"] == "allow" and how["id"] == "a"

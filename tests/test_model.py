@@ -54,7 +54,7 @@ def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkp
     samples, batch = random_batch()
     order = [3, 1, 4, 0, 2]
     weights = torch.randn(len(batch.logprobs), generator=torch.Generator().manual_seed(1))
-    policy = model.load_policy(folder, torch.float32, checkpointing)
+    policy = model.load_network("policy", folder, torch.float32, checkpointing)
     logprobs, entropy = policy(ppo.make_pack(batch, order, "cpu"), temperature)
     places = np.concatenate([np.arange(len(weights))[batch.response(i)] for i in order])
     (logprobs * weights[places]).sum().backward()
@@ -74,7 +74,7 @@ def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkp
 def test_packed_critic_equals_one_sequence_at_a_time(folder):
     """A value read one token late, which is the value after the action that it should judge."""
     samples, batch = random_batch()
-    critic = model.load_critic(folder, torch.float32, seed=3)
+    critic = model.load_network("critic", folder, torch.float32, seed=3)
     order = [2, 0, 3, 4, 1]
     values = critic(ppo.make_pack(batch, order, "cpu"))
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
@@ -108,7 +108,9 @@ def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
         return table.gather(-1, targets[:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
 
     def ours(h, w, b):
-        return model.TokenLogprobs.apply(h, w, b, targets, temperature)
+        head = model.LogprobHead(hidden_size, vocabulary, bias=bias)
+        parameters = {"weight": w} | ({"bias": b} if bias else {})
+        return torch.func.functional_call(head, parameters, (h, targets, temperature))
 
     largest = 0
 
@@ -133,7 +135,10 @@ def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
 def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
     """0 · NaN and 0 / 0: a rank with no work must not spoil the others' update."""
     _, batch = random_batch()
-    for network in (model.load_policy(folder, torch.float32), model.load_critic(folder, torch.float32)):
+    for network in (
+        model.load_network("policy", folder, torch.float32),
+        model.load_network("critic", folder, torch.float32),
+    ):
         out = network(ppo.make_pack(batch, [], "cpu"))
         out = out[0] if isinstance(out, tuple) else out
         assert out.shape == (0,)
@@ -143,13 +148,14 @@ def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
 
 def test_policy_folder_round_trip(folder, tmp_path):
     """Names or a tied head that are lost on the way out: the exported policy must be the trained one, for anyone."""
-    policy = model.load_policy(folder, torch.float32)
+    policy = model.load_network("policy", folder, torch.float32)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.01)
-    model.save_pretrained(policy, dict(policy.named_parameters()), tmp_path)
+    weights = {name.removeprefix("hf."): tensor for name, tensor in policy.named_parameters()}
+    model.save_pretrained(policy, weights, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    again = model.load_policy(str(tmp_path), torch.float32)
+    again = model.load_network("policy", str(tmp_path), torch.float32)
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
         assert torch.equal(parameter, plain.get_parameter(name.removeprefix("hf."))), name
@@ -163,7 +169,7 @@ def test_policy_folder_round_trip(folder, tmp_path):
 
 def test_critic_folder_round_trip(folder, tmp_path):
     """A critic that comes back with a fresh value head: training goes on, from nothing."""
-    critic = model.load_critic(folder, torch.float32, seed=1)
+    critic = model.load_network("critic", folder, torch.float32, seed=1)
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.add_(0.01)
@@ -173,7 +179,7 @@ def test_critic_folder_round_trip(folder, tmp_path):
         "model",
         "value_head",
     } and "value_head.weight" in names
-    again = model.load_critic(str(tmp_path), torch.float32, seed=2)
+    again = model.load_network("critic", str(tmp_path), torch.float32, seed=2)
     plain = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     for name, parameter in critic.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
@@ -183,6 +189,8 @@ def test_critic_folder_round_trip(folder, tmp_path):
 
 def test_fresh_value_head_is_seeded(folder):
     """A head that differs between ranks or runs: training that cannot be repeated."""
-    heads = [model.load_critic(folder, torch.float32, seed=seed).value_head.weight for seed in (1, 1, 2)]
+    heads = [
+        model.load_network("critic", folder, torch.float32, seed=seed).value_head.weight for seed in (1, 1, 2)
+    ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(1 / (heads[0].shape[1] + 1), rel=0.3)

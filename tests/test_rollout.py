@@ -40,7 +40,7 @@ def train(learner, samples, check=True):
     learner.drift_limit = abs(learner.drift_limit) * (1 if check else -1)
     plan = ppo.pack(batch.lengths, 256, torch.distributed.get_world_size(), 128)
     try:
-        learner.update(batch, plan)
+        learner.update(batch, [plan])
     finally:
         learner.engine.optimizer.zero_grad()
 
@@ -48,7 +48,8 @@ def train(learner, samples, check=True):
 def drift(learner, samples):
     """The largest and the mean |log-prob of the sampler − of the learner| over all sampled tokens."""
     batch, world_size = ppo.Batch(samples), torch.distributed.get_world_size()
-    whole = [[[i] for i in range(len(samples))]] * world_size  # every rank all of it, one sample at a time
+    packs = [[i] for i in range(len(samples))] + [[]] * (-len(samples) % world_size)  # one sample at a time
+    whole = [packs[rank::world_size] for rank in range(world_size)]
     apart = np.abs(learner.forward(batch, whole) - batch.logprobs)
     return float(apart.max()), float(apart.mean())
 

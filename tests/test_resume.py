@@ -1,0 +1,126 @@
+"""A run that was stopped, killed or broken anywhere ends exactly where an undisturbed one does: bit for bit.
+
+All runs here are the same six steps of the demo on two Workers, with a checkpoint after each (`RUN`).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from safetensors import safe_open
+from test_launch import (
+    ROOT,
+    finish,
+    left_behind,
+    metrics,
+    run,
+    start,
+    wait_for_step,
+    without_timings,
+)
+
+STEPS = 6
+RUN = [
+    f"--steps={STEPS}",
+    "--workers=2",
+    "--prompts_per_step=8",
+    "--samples_per_prompt=8",
+    "--max_response_tokens=48",
+    "--eval_every=3",
+    "--eval_samples=1",
+    "--save_every=1",
+    "--max_restarts=100",
+]
+
+
+def weights(folder):
+    found = {}
+    for kind in ("policy", "critic"):
+        with safe_open(folder / kind / "model.safetensors", "pt") as file:
+            found |= {f"{kind}/{name}": file.get_tensor(name).numpy().tobytes() for name in file.keys()}
+    return found
+
+
+def check_same(folder, undisturbed):
+    """Metrics, samples, evaluations and final weights."""
+    assert without_timings(metrics(folder)) == without_timings(metrics(undisturbed))
+    for file in sorted((undisturbed / "samples").iterdir()):
+        assert (folder / "samples" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert weights(folder) == weights(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = run(folder, "--name=a", *RUN)
+    assert code == 0, out + err
+    return folder / "a"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, signum):
+    """Guards against lost work, orphans, and a resume that skips or repeats questions, warms up again, forgets moments."""
+    process = start(tmp_path, "--name=a", *RUN, "--save_every=-1")
+    wait_for_step(process, tmp_path / "a", 2)
+    process.send_signal(signum)
+    code, out, err = finish(process)
+    assert code == 128 + signum, out + err
+    assert out.splitlines()[-1].startswith(f"stopped by {signum.name} after step ")
+    reached = metrics(tmp_path / "a")[-1]["step"]
+    assert reached < STEPS and not left_behind(process, tmp_path)
+    assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == [f"step_{reached}"]
+    assert (tmp_path / "a/policy/model.safetensors").exists()
+    code, out, err = run(tmp_path, "--name=a", *RUN, "--seed=2")
+    assert code == 2 and "seed=1" in err.splitlines()[-1]
+    code, out, err = run(tmp_path, "--name=a", *RUN)
+    assert code == 0 and f"from step {reached + 1}" in out, out + err
+    check_same(tmp_path / "a", undisturbed)
+    saved = {path.name for path in (tmp_path / "a/checkpoints").iterdir()}
+    assert {"step_5", "step_6"} <= saved and len(saved) <= 3  # the newest two, and the best
+    before = weights(tmp_path / "a")
+    code, out, err = run(tmp_path, "--name=a", *RUN)  # finished: nothing more happens to it
+    assert code == 0 and weights(tmp_path / "a") == before and len(metrics(tmp_path / "a")) == STEPS + 1
+
+
+KILLS = """
+import random, sys, threading, launch, psutil
+
+phases, last = sys.argv[1].split(","), 0
+rng = random.Random(int(sys.argv[2]))
+
+class Killed(launch.Workers):
+    def call(self, phase, method, *args, per_rank=None):
+        global last
+        if phases and phase == phases[0] and self.step > last:  # a second death at the same step ends a run
+            phases.pop(0)
+            last = self.step
+            workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(p.cmdline())]
+            threading.Timer(rng.uniform(0, 0.15), rng.choice(workers).kill).start()
+        return super().call(phase, method, *args, per_rank=per_rank)
+
+launch.Workers = Killed
+sys.exit(launch.main(sys.argv[3:]))
+"""
+
+
+def run_killed(tmp_path, phases, seed):
+    """A run in which a Worker is killed soon after each of `phases` has begun; returns what it printed."""
+    command = [sys.executable, "-c", KILLS, ",".join(phases), str(seed), "configs/tiny.py"]
+    command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
+    assert code == 0, out + err
+    return out
+
+
+def test_a_worker_killed_in_every_phase(tmp_path, undisturbed):
+    """Guards against a death that hangs the run, ends it, or changes what it learns."""
+    phases = ["generate", "critic", "sync", "eval"]
+    out = run_killed(tmp_path, phases, seed=0)
+    assert out.count("\nrestart ") == len(phases), out
+    check_same(tmp_path / "a", undisturbed)
