@@ -115,7 +115,9 @@ def test_two_workers_learn_and_leave_everything(tmp_path):
     assert {"question", "response", "response_ids", "reward", "finish_reason"} <= set(sample)
     check_exports(tmp_path / "a")
     code, out, err = run(tmp_path, "--name=a")
-    assert code == 2 and "is a run with prompts_per_step=32, workers=2:" in err.splitlines()[-1]  # nothing is overwritten
+    assert (
+        code == 2 and "is a run with prompts_per_step=32, workers=2:" in err.splitlines()[-1]
+    )  # nothing is overwritten
 
 
 def check_exports(folder):

@@ -11,6 +11,7 @@ import sys
 import pytest
 from safetensors import safe_open
 from test_launch import (
+    DEADLINE,
     ROOT,
     finish,
     left_behind,
