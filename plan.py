@@ -70,8 +70,9 @@ def read_shape(model):
         return None
     H, L, A, K, F, V, tied = (config[name] for name in names)
     D = config.get("head_dim") or H // A
-    bias = config.get("attention_bias", config["model_type"] == "qwen2")  # of queries, keys and values
-    layer = 2 * H * (A + K) * D + bias * (A + 2 * K) * D + 3 * H * F + 2 * H  # the last are two norms
+    bias = (A + 2 * K) * D if config["model_type"] == "qwen2" else 0  # of queries, keys and values
+    bias = (A + 2 * K) * D + H if config.get("attention_bias") else bias  # and of the output
+    layer = 2 * H * (A + K) * D + bias + 3 * H * F + 2 * H  # the last are two norms
     shape = {"H": H, "L": L, "A": A, "K": K, "D": D, "F": F, "V": V, "head": 0 if tied else V * H}
     return SimpleNamespace(**shape, params=L * layer + H + V * H + shape["head"])
 

@@ -47,10 +47,8 @@ def fetch(url, path, least, most):
         try:
             with urllib.request.urlopen(url, timeout=60) as answer:
                 content = answer.read()
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # no connection, no such file, cut off, a time limit
+        # No connection, no such file, an answer that breaks off, a time limit.
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
         part, is_new = path.with_suffix(".part"), not path.parent.exists()
         try:

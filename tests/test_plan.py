@@ -46,6 +46,7 @@ def test_parameters_are_the_real_ones(model):
 
 def test_shape_of_a_folder(tmp_path):
     """A local model is looked up by its name, or a model of another kind is counted as if it were dense."""
+    assert plan.read_shape(str(ROOT / "data/tiny")).params == 816_256  # with biases, as launch.py counts them
     folder = tmp_path / "Qwen2.5-0.5B"
     folder.mkdir()
     values = dict(zip(plan.FIELDS.split(), (64, 2, 4, 2, 96, 1000)))
