@@ -1,0 +1,19 @@
+"""ORZ-32B, first stage: Qwen2.5-32B on all 129k questions. Not run by us.
+
+    python data/prepare.py orz                          once, where every node can read it: the questions
+    ray start --head                                    on the first node; ray start --address=… on the others
+    python launch.py configs/orz_32b.py                 128 GPUs of 80 GB (ORZ's README: 16 nodes of 8)
+
+128 prompts x 64 samples = 8,192 responses a step: 256 for each of 128 GPUs / tensor parallel 4 = 32 vLLM engines, 682
+or 683 in each of 12 critic updates. 1,100 steps x 128 prompts = 140,800 = 1.1 epochs of 57k + 72k questions.
+The paper's first stage has 1,100 steps (appendix B); that it used both files is read from ORZ's README, by which the 13k
+hard ones were "mined from the above 129k data". AIME 2024 after it: about 41 (README).
+After the second stage ORZ reported, avg@16 (table 4): AIME 2024 48.1, AIME 2025 36.0, MATH500 92.2, GPQA Diamond 55.5.
+"""
+
+model = "Qwen/Qwen2.5-32B"
+train_data = ["data/orz/orz_math_57k.json", "data/orz/orz_math_72k.json"]
+eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+workers = 128
+tensor_parallel = 4
+steps = 1100

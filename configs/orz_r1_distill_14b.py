@@ -1,0 +1,19 @@
+"""ORZ-R1-Distill-Qwen-14B: the recipe on a model that reasons already, with the 13k hard questions. Not run by us.
+
+    python data/prepare.py orz                          once, where every node can read it: the questions
+    ray start --head                                    on the first node; ray start --address=… on the others
+    python launch.py configs/orz_r1_distill_14b.py      64 GPUs of 80 GB (our choice: ORZ does not say how many)
+
+128 prompts x 64 samples = 8,192 responses a step: 256 for each of 64 GPUs / tensor parallel 2 = 32 vLLM engines, 682 or
+683 in each of 12 critic updates. 300 steps x 128 prompts = 38,400 = 3 epochs of 13k questions.
+The paper (appendix B): the 13k mined prompts, everything else as in the other runs, scores of step 300. ORZ's prompt too:
+it opens <think>, as this model is used to; prompt_template="chat" would be the model's own.
+ORZ reported, avg@16 (table 3): AIME 2024 75.2, AIME 2025 60.0, MATH500 95.6, GPQA Diamond 60.4.
+"""
+
+model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
+train_data = ["data/orz/orz_math_13k_hard.json"]
+eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+workers = 64
+tensor_parallel = 2
+steps = 300

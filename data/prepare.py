@@ -1,0 +1,95 @@
+"""Fetch what the configs train on and are measured on, on a machine with a connection.
+
+    python data/prepare.py orz        ORZ's questions into data/orz/, about 60 MB
+
+Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
+Run, by tests/test_recipe.py, is everything but that: the same files, smaller, from a server on this machine.
+
+A set is fetched into memory, written beside its place, read by data/load.py (which refuses what is broken or cut
+short), counted, and renamed: what is there is whole, and what fails leaves nothing behind. A set that is there already
+is counted again and otherwise left alone.
+"""
+
+import http.client
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.load import UserError  # noqa: E402
+from data.load import load_questions  # noqa: E402
+
+ORZ = "https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero/raw/main/data"  # raw/ follows Git LFS, if it is used
+ORZ_FILES = {  # our name → theirs, how many questions at least and at most; the training sets are named in thousands
+    "orz_math_57k.json": ("orz_math_57k_collected.json", 56_000, 58_000),
+    "orz_math_72k.json": ("orz_math_72k_collection_extended.json", 71_000, 73_000),
+    "orz_math_13k_hard.json": ("orz_math_13k_collection_hard.json", 12_000, 14_000),
+    "aime2024.json": ("eval_data/aime2024.json", 30, 30),
+    "math500.json": ("eval_data/math500.json", 500, 500),
+    "gpqa_diamond.json": ("eval_data/gpqa_diamond.json", 198, 198),
+}
+
+
+def orz():
+    """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte."""
+    for name, (theirs, least, most) in ORZ_FILES.items():
+        fetch(f"{ORZ}/{theirs}", ROOT / "data" / "orz" / name, least, most)
+
+
+def fetch(url, path, least, most):
+    """The questions at `url` into the file `path`, if there are least to most of them; says so. Raises UserError."""
+    if path.exists():
+        count = counted(path, path, least, most)
+    else:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                content = answer.read()
+        # No connection, no such file, an answer that breaks off, a time limit.
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
+        part, is_new = path.with_suffix(".part"), not path.parent.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            count = counted(part, url, least, most)
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+            if is_new and path.parent.is_dir() and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    print(f"{path}: {count:,} questions, {path.stat().st_size:,} bytes", flush=True)
+
+
+def counted(file, place, least, most):
+    """The number of questions in the file. UserError, which names `place`, where it is broken or not whole."""
+    try:
+        count = len(load_questions(str(file)))
+    except UserError as error:
+        raise UserError(str(error).replace(str(file), str(place))) from None
+    if not least <= count <= most:
+        raise UserError(f"{place}: holds {count:,} questions, expected {least:,} to {most:,}: move it away")
+    return count
+
+
+COMMANDS = {"orz": orz}
+
+
+def main(argv):
+    if len(argv) != 1 or argv[0] not in COMMANDS:
+        print(f"usage: python data/prepare.py {'|'.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]]()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

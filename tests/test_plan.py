@@ -1,0 +1,193 @@
+"""The plan: parameters as the real networks have them, GiB as worked out by hand, refusals that name a way out."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import plan
+from configs.load import ROOT, UserError, load
+
+PARAMETERS = {  # as the hub states them for each model's safetensors
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": 14_770_033_664,
+}
+
+
+def config(name, *arguments):
+    return load([str(ROOT / "configs" / f"{name}.py"), *arguments])
+
+
+def planned(cfg, gpu_memory=80.0):
+    """{phase: {what: GiB}}, without the arithmetic."""
+    phases = plan.plan(cfg, plan.read_shape(cfg.model), gpu_memory)
+    return {
+        phase: {what.split(" = ")[0]: held for what, held in items.items()} for phase, items in phases.items()
+    }
+
+
+@pytest.mark.parametrize("model", plan.SHAPES)
+def test_parameters_are_the_real_ones(model):
+    """A digit of the table is wrong, or the formula forgets a bias or a tied head, and everything after is off."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    assert plan.read_shape(model).params == PARAMETERS[model]
+    names = [*plan.FIELDS.split(), "tie_word_embeddings"]
+    with torch.device("meta"):
+        network = Qwen2ForCausalLM(Qwen2Config(**dict(zip(names, plan.SHAPES[model]))))
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[model]  # tied once
+
+
+def test_shape_of_a_folder(tmp_path):
+    """A local model is looked up by its name, or a model of another kind is counted as if it were dense."""
+    assert plan.read_shape(str(ROOT / "data/tiny")).params == 816_256  # with biases, as launch.py counts them
+    folder = tmp_path / "Qwen2.5-0.5B"
+    folder.mkdir()
+    values = dict(zip(plan.FIELDS.split(), (64, 2, 4, 2, 96, 1000)))
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": "llama", "head_dim": 32}))
+    # a layer: queries and output 2·64·4·32, keys and values 2·64·2·32, three matrices 64·96, two norms
+    layer = 16_384 + 8_192 + 18_432 + 128
+    assert plan.read_shape(str(folder)).params == 2 * layer + 64 + 2 * 64_000
+    (folder / "config.json").write_text(
+        json.dumps(values | {"model_type": "mixtral", "num_local_experts": 8})
+    )
+    assert plan.read_shape(str(folder)) is None and plan.read_shape("some/other") is None
+    plan.check_fits(config("orz_7b", f"--model={folder}"), 1.0)  # who cannot judge does not refuse
+
+
+def test_7b_on_32_gpus_by_hand():
+    """A factor is lost: 8 bytes of Adam for 12, a world size, GiB taken for GB."""
+    phases = planned(config("orz_7b"))
+    policy, generate = phases["policy"], phases["generate"]
+    gib = 1.073741824e9
+    assert policy["weights"] == pytest.approx(2 * 7.615616512 / 32 / 1.073741824)  # 0.443
+    assert policy["fp32 weights and Adam's two averages"] == pytest.approx(2.660, abs=1e-3)
+    assert policy["fp32 gradients"] == pytest.approx(0.887, abs=1e-3)
+    assert policy["inputs of all layers"] == pytest.approx(2 * 16384 * 28 * 3584 / gib)  # 3.06
+    # a layer: 16·3584 + 4·4·128 + 5·18944 = 154,112 numbers a token
+    assert policy["activations of a layer"] == pytest.approx(2 * 16384 * 154112 / gib)  # 4.70
+    assert policy["gradient of the head, in 16 bits and fp32"] == pytest.approx(3.045, abs=1e-3)
+    # vLLM may fill 56 GiB; a token of cache is 2 (keys, values) · 28 layers · 4 heads · 128 · 2 bytes = 57,344
+    assert generate["vLLM's weights"] == pytest.approx(14.185, abs=1e-3)
+    working = generate["vLLM's activations and CUDA graphs (a guess)"]
+    cache = generate["KV cache: sequences, tokens, bytes"]
+    assert 0 <= 56 - 14.185 - working - cache < 0.01
+    assert cache * gib / 57344 / 10048 == pytest.approx(71.7, abs=0.1)
+    critic = phases["critic"]["weights"] * 16 * gib  # the head's 152,064 x 3,584 became 3,584
+    assert critic == pytest.approx(7_615_616_512 - 152_064 * 3584 + 3584)
+
+
+def test_32b_on_128_gpus_by_hand():
+    """Tensor parallel divides what it does not, or the KV cache is not divided at all."""
+    phases = planned(config("orz_32b"))
+    assert phases["generate"]["vLLM's weights"] == pytest.approx(2 * 32.763876352 / 4 / 1.073741824)  # 15.26
+    assert phases["policy"]["weights"] == pytest.approx(0.477, abs=1e-3)
+    assert phases["policy"]["inputs of all layers"] == 10.0  # 2 · 16,384 · 64 · 5,120 = 10 · 2^30
+    assert phases["sync"]["policy's weights"] == phases["policy"]["weights"]
+    cfg = config("orz_32b")
+    (line,) = [what for what in plan.plan(cfg, plan.read_shape(cfg.model), 80.0)["generate"] if "KV" in what]
+    assert line.endswith("* (2,048 + 8,000) * 65,536")  # 64 layers · 2 of 8 heads · 128 · 2 · 2 bytes
+    for items in phases.values():
+        assert sum(items.values()) <= 80
+
+
+def test_critic_head_and_reference():
+    """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
+    name = "the reference model, which stays there"
+    without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
+    for phase in without:
+        assert without[phase][name] == 0
+        assert with_kl[phase][name] == pytest.approx(2 * 7.615616512 / 32 / 1.073741824)
+
+
+ORZ = sorted(path.stem for path in (ROOT / "configs").glob("orz_*.py"))
+
+
+@pytest.mark.parametrize("name", ORZ)
+def test_every_size_fits_its_hardware(name):
+    """A config names hardware on which it cannot run."""
+    plan.check_fits(config(name), 80.0)
+
+
+REFUSED = {  # config, arguments, GiB → phase, way out
+    ("orz_32b", "--workers=8", 80): ("critic", "--workers=16"),
+    ("orz_32b", "--tensor_parallel=1", 80): ("generate", "--tensor_parallel=2"),
+    ("orz_7b", "--gradient_checkpointing=False", 80): ("critic", "--gradient_checkpointing=True"),
+    ("orz_7b", "--gpu_memory_utilization=0.1", 80): ("generate", "--gpu_memory_utilization=0.7"),
+    ("orz_7b", "--max_tokens_per_pack=200000", 80): ("critic", "--max_tokens_per_pack=10048"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[1])
+def test_refusal_names_a_setting_that_helps(case):
+    """The user is told to change a setting, changes it, and is refused again."""
+    name, argument, gpu_memory = case
+    phase, way_out = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        plan.check_fits(config(name, argument), gpu_memory)
+    message = str(error.value)
+    assert message.startswith(f"{phase}: needs ") and message.endswith(f"has {gpu_memory}: try {way_out}"), (
+        message
+    )
+    assert "\n" not in message
+    plan.check_fits(config(name, argument, way_out), gpu_memory)
+
+
+def test_no_single_setting():
+    """A GPU that is far too small ends in a suggestion that does not help."""
+    with pytest.raises(UserError, match="no one setting is enough"):
+        plan.check_fits(config("orz_32b", "--workers=1", "--tensor_parallel=1"), 80.0)
+
+
+def test_constants_are_those_of_the_code():
+    """model.py's chunk or DeepSpeed's defaults change, and the plan goes on with the old ones."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    import model
+
+    assert model.MAX_LOGITS == 2**28 and "min(2**28," in str(plan.HEAD)
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert (zero.max_live_parameters, zero.reduce_bucket_size) == (10**9, 5 * 10**8)
+    assert "min(n, 10**9)" in str(plan.LEARNER) and "5 * 10**8" in str(plan.LEARNER)
+
+
+def run(*argv):
+    command = [sys.executable, str(ROOT / "plan.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_as_a_command():
+    """The sum is not that of the lines above it, or a guess is presented as a measurement."""
+    done = run(str(ROOT / "configs/orz_32b.py"), "--gpu_memory=94")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "fits", done.stderr
+    assert done.stdout.startswith("UNVERIFIED")
+    for head, *lines in [part.splitlines() for part in done.stdout.split("\n\n")[1:5]]:
+        total = float(re.match(r"\w+: ([\d.]+) of 94 GiB", head)[1])
+        assert sum(float(line.split()[0]) for line in lines) == pytest.approx(total, abs=0.1)
+    assert "8,192 x 10,048 = 82,313,216" in done.stdout and "at most 8,192, 64 a GPU" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["configs/orz_32b.py", "--workers=8"], "try --workers=16"),
+        (["configs/orz_7b.py", "--model=no/such"], "'no/such'"),
+        (["configs/orz_7b.py", "--gpu_memory=lots"], "lots"),
+        (["configs/orz_7b.py", "--gpu_memory=nan"], "above 0"),
+        (["configs/orz_7b.py", "--worker=8"], "did you mean workers"),
+        ([], "config file"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(argv, words):
+    """A bad argument ends in a traceback."""
+    done = run(*[str(ROOT / a) if a.startswith("configs") else a for a in argv])
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line

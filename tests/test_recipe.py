@@ -1,0 +1,298 @@
+"""ORZ's recipe around the training core: every config against the paper, fetching the questions, mining hard ones."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import plan
+from configs.load import BASE, ROOT, UserError, load, read_file
+from data import prepare
+from data.load import load_questions
+
+ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "load"))
+ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
+
+# The paper's numbers (arXiv 2503.24290, section 2.3 and appendix B; playground/ for the lengths and the clipping).
+RECIPE = {
+    "policy_lr": 1e-6,
+    "critic_lr": 5e-6,
+    "adam_betas": [0.9, 0.95],
+    "warmup_steps": 50,
+    "prompts_per_step": 128,
+    "samples_per_prompt": 64,
+    "policy_updates_per_step": 1,
+    "critic_updates_per_step": 12,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_prompt_tokens": 2048,
+    "max_response_tokens": 8000,
+    "stop": ["User:", "Human:", "Assistant:", "</answer>"],
+    "clip_eps": 0.2,
+    "value_clip": 0.2,
+    "max_grad_norm": 1.0,
+    "gamma": 1.0,
+    "lam": 1.0,
+    "kl_coef": 0.0,
+    "critic_model": "",  # the same base model, weights of its own
+    "gradient_checkpointing": True,
+    "eval_samples": 16,
+    "eval_temperature": 1.0,
+    "eval_top_p": 1.0,
+    "eval_every": 10,
+    "save_every": 50,
+}
+SIZES = {  # config → model, GPUs, tensor parallel, steps, training files, tokens of a pack
+    "orz_0p5b": ("Qwen/Qwen2.5-0.5B", 8, 1, 1000, ["57k"], 16384),
+    "orz_0p5b_1gpu": ("Qwen/Qwen2.5-0.5B", 1, 1, 1000, ["57k"], 10048),
+    "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"], 16384),
+    "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
+    "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"], 16384),
+    "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"], 16384),
+}
+
+
+# ---- Configs ---------------------------------------------------------------------------------------------------
+
+
+def test_every_size_is_in_the_table():
+    """A config is added, and nothing checks its numbers."""
+    assert [path.stem for path in ORZ] == sorted(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_config_is_orz(name):
+    """A number of the recipe is changed for one size, or drifts in base.py; or a file name is none that is fetched."""
+    cfg = load([str(ROOT / "configs" / f"{name}.py")])
+    assert {key: getattr(cfg, key) for key in RECIPE} == RECIPE
+    model, workers, tensor_parallel, steps, training, pack = SIZES[name]
+    assert (cfg.model, cfg.workers, cfg.tensor_parallel) == (model, workers, tensor_parallel)
+    assert (cfg.steps, cfg.max_tokens_per_pack, cfg.name) == (steps, pack, name)
+    files = [Path(path).name for path in cfg.train_data + cfg.eval_data]
+    held_out = ["aime2024.json", "math500.json", "gpqa_diamond.json"]
+    assert files == [f"orz_math_{size}.json" for size in training] + held_out
+    assert set(files) <= set(prepare.ORZ_FILES)
+    assert {str(Path(path).parent)[-8:] for path in cfg.train_data + cfg.eval_data} == {"data/orz"}
+    assert cfg.model in plan.SHAPES
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_short(path):
+    """A config grows until it is base.py with other numbers, and nobody sees what differs."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+    load([str(path)])
+
+
+@pytest.mark.parametrize("path", ORZ, ids=lambda path: path.stem)
+def test_config_holds_only_what_differs(path):
+    """A line repeats base.py's value, and keeps it when base.py is put right."""
+    base = read_file(BASE)
+    assert [key for key, value in read_file(path).items() if value == base[key]] == []
+
+
+@pytest.mark.parametrize("path", ORZ, ids=lambda path: path.stem)
+def test_config_says_how_to_run_it(path):
+    """The header is another config's: a command that starts something else, arithmetic that is not this run's."""
+    text = path.read_text(encoding="utf-8")
+    head, cfg = text.split('"""')[1], load([str(path)])
+    assert f"python launch.py configs/{path.name} " in head and "Not run by us." in head
+    assert "128 prompts x 64 samples = 8,192 responses" in head
+    assert f" {cfg.workers} GPU" in head
+    if cfg.tensor_parallel > 1:
+        engines = cfg.workers // cfg.tensor_parallel
+        assert (
+            f"{cfg.workers} GPUs / tensor parallel {cfg.tensor_parallel} = {engines} vLLM engines"
+            in " ".join(head.split())
+        )
+
+
+# ---- Fetching --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder, and the address under which this machine serves it."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "served"))
+
+        def log_message(self, *_):
+            pass
+
+        def send_header(self, name, value):  # of a "cut" file only half of what is announced comes
+            longer = name == "Content-Length" and "cut" in self.path
+            super().send_header(name, str(2 * int(value)) if longer else value)
+
+    (tmp_path / "served" / "eval_data").mkdir(parents=True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def dialogues(count):
+    return json.dumps(
+        [
+            [
+                {"from": "human", "value": f"{i} + 1?"},
+                {"from": "assistant", "ground_truth": {"value": str(i + 1)}},
+            ]
+            for i in range(count)
+        ]
+    )
+
+
+def test_fetch_all(server, tmp_path, monkeypatch, capsys):
+    """A set lands under another name than the configs use, a second call fetches everything again."""
+    folder, address = server
+    for theirs, least, _ in prepare.ORZ_FILES.values():
+        (folder / theirs).write_text(dialogues(least))
+    monkeypatch.setattr(prepare, "ORZ", address)
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    assert prepare.main(["orz"]) == 0
+    said = capsys.readouterr().out
+    fetched = sorted((tmp_path / "data" / "orz").iterdir())
+    assert [path.name for path in fetched] == sorted(prepare.ORZ_FILES)
+    for path in fetched:
+        theirs, least, _ = prepare.ORZ_FILES[path.name]
+        assert path.read_bytes() == (folder / theirs).read_bytes()
+        assert f"{path}: {least:,} questions, {path.stat().st_size:,} bytes" in said
+    shutil.rmtree(folder)
+    assert prepare.main(["orz"]) == 0  # all there: nothing is fetched
+    (tmp_path / "data/orz/math500.json").write_text(dialogues(499))
+    assert prepare.main(["orz"]) == 1 and "math500.json" in capsys.readouterr().err
+
+
+BAD = {
+    "missing.json": (None, "cannot be fetched: File not found"),
+    "page.json": ("<!DOCTYPE html><html></html>", ":1: broken or truncated JSON"),
+    "pointer.json": ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "JSON"),
+    "half.json": (dialogues(10)[:300], "broken or truncated JSON"),
+    "few.json": (dialogues(9), "9 questions"),
+    "cut.json": (dialogues(10), "cannot be fetched: IncompleteRead"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_answer_leaves_nothing(name, server, tmp_path):
+    """An error page, half a file or a pointer to one is kept as the training set."""
+    folder, address = server
+    content, words = BAD[name]
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        prepare.fetch(f"{address}/{name}", tmp_path / "new" / "set.json", 10, 10)
+    assert f"{address}/{name}" in str(error.value) and words in str(error.value), error.value
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_connection(tmp_path, monkeypatch, capsys):
+    """A machine without a connection gets a traceback, an empty folder, or exit code 0."""
+    monkeypatch.setattr(prepare, "ORZ", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    assert prepare.main(["orz"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "cannot be fetched" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["orzz"], ["orz", "57k"], ["--help"]])
+def test_bad_usage(argv, capsys):
+    """A misspelt set ends in a KeyError."""
+    assert prepare.main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
+def test_evaluation_sets_are_as_many_as_expected():
+    """A count in the table refuses the true file."""
+    for name in ("aime2024.json", "math500.json", "gpqa_diamond.json"):
+        _, least, most = prepare.ORZ_FILES[name]
+        assert least <= len(load_questions(str(ORZ_DATA / name))) <= most
+
+
+# ---- Mining ----------------------------------------------------------------------------------------------------
+
+
+def mine(*argv):
+    command = [sys.executable, str(ROOT / "data" / "mine_hard.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def write_step(run, step, results, choices=None):
+    """samples/step_N.jsonl as log.py writes it: question → (attempts, solved)."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from data.load import Prompt, Question
+    from log import Log
+    from ppo import Sample
+
+    ids = np.array([1, 2], np.int32)
+    prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]
+    samples = [
+        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", float(k < solved))
+        for i, (attempts, solved) in enumerate(results.values())
+        for k in range(attempts)
+    ]
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    Log.samples(SimpleNamespace(dir=run), f"step_{step}", prompts, samples)
+
+
+def test_hard_questions_of_a_run(tmp_path):
+    """A question solved 4 times in 64 counts as hard, 3 in 64 does not; one of a short run does; epochs add up wrong;
+    evaluation's held-out questions are trained on."""
+    write_step(tmp_path, 2, {"three": (64, 3), "four": (64, 4), "never\u2028 ½": (64, 0)})
+    write_step(tmp_path, 10, {"seven of 128": (64, 4), "eight of 128": (64, 4), "too few": (63, 0)})
+    write_step(tmp_path, 11, {"seven of 128": (64, 3), "eight of 128": (64, 4)})
+    shutil.copy(tmp_path / "samples/step_2.jsonl", tmp_path / "samples/eval_aime2024_0.jsonl")
+    done = mine(tmp_path)
+    assert done.returncode == 0, done.stderr
+    hard = load_questions(str(tmp_path / "hard.jsonl"))
+    names = ["three", "never\u2028 ½", "seven of 128"]
+    assert [(q.question, q.answer, q.choices) for q in hard] == [(name, f"{name}!", None) for name in names]
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("6 questions, 1 of them with fewer than 64 attempts")
+    assert second == "3 of the other 5 solved fewer than 4 times in 64, 1 never"
+    assert str(tmp_path / "hard.jsonl") in third
+    done = mine(tmp_path, "--fewer_than=5", "--of=63", f"--out={tmp_path}/more.jsonl")
+    assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
+
+
+def test_choices_survive(tmp_path):
+    """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
+    write_step(tmp_path, 1, {"Which?": (64, 0)}, {"Which?!": "this", "B": "that"})
+    assert mine(tmp_path).returncode == 0
+    assert load_questions(str(tmp_path / "hard.jsonl"))[0].choices == {"Which?!": "this", "B": "that"}
+
+
+def test_mining_errors_are_one_line(tmp_path):
+    """A run without samples, a broken line or a misspelt option ends in a traceback, or in an empty training file."""
+    (tmp_path / "broken/samples").mkdir(parents=True)
+    (tmp_path / "broken/samples/step_1.jsonl").write_text(
+        '{"question": "q", "answer": "a", "reward": 0.0}\n{"quest'
+    )
+    write_step(tmp_path / "easy", 1, {"q": (64, 64)})
+    for argv, code, words in [
+        ([], 2, "usage"),
+        ([tmp_path / "easy", "--fewer_then=3"], 2, "'--fewer_then=3'"),
+        ([tmp_path / "easy", "--of=none"], 2, "whole numbers"),
+        ([tmp_path / "none"], 1, "is no run"),
+        ([tmp_path / "broken"], 1, "step_1.jsonl:2: no sample"),
+        ([tmp_path / "easy"], 1, "nothing to write"),
+        ([tmp_path / "easy", "--fewer_than=65", f"--out={tmp_path}/no/such/file"], 1, "cannot write"),
+    ]:
+        done = mine(*argv)
+        assert done.returncode == code and words in done.stderr, done
+        assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("hard.jsonl*"))
