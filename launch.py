@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.load import UserError, derived, describe, load
-from data.load import load_questions, read_tasks, step_questions
+from configs.load import UserError, load
+from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 
 ROOT = Path(__file__).resolve().parent
@@ -467,22 +467,6 @@ def start_ray():
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def local_model(name, setting):
-    """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
-    if not os.path.isdir(name) and name.count("/") == 1 and name[0] not in "./":
-        from huggingface_hub import snapshot_download
-
-        try:
-            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        except Exception as error:
-            reason = f"is no folder, and the hub did not give it: {str(error).splitlines()[0]}"
-            raise UserError(f"{setting}={name!r} {reason}") from error
-    files = os.listdir(name) if os.path.isdir(name) else []
-    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
-    return name
-
-
 def run(cfg):
     """Everything between good settings and the exported networks. Returns the exit code."""
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
@@ -492,7 +476,6 @@ def run(cfg):
     try:
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
-        log.say("\n".join(f"{name}: {value}" for name, value in derived(cfg).items()))
         end, code = "done", 0
         try:
             train_on(workers, cfg, tasks, log)
@@ -526,9 +509,10 @@ def train_on(workers, cfg, tasks, log):
     while True:
         try:
             workers.start()
-            size = f"{workers.num_parameters:,} parameters"
             place = f"{cfg.workers} workers on {'GPU' if workers.on_gpu else 'CPU'}"
-            log.say(f"{cfg.model}: {size}, {place}, run folder {log.dir}, from step {workers.step + 1}")
+            log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {place}, run folder {log.dir}")
+            work = f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples a step"
+            log.say(f"{work} of at most {cfg.max_response_tokens} tokens, from step {workers.step + 1}")
             return train(cfg, workers, tasks, log)
         except (RayActorError, TimeoutError) as error:
             if len(failed) == cfg.max_restarts or workers.step in failed:
@@ -543,7 +527,9 @@ def main(argv):
     try:
         cfg = load(argv)
         if cfg.dry_run:
-            print(describe(cfg))
+            import plan
+
+            print(plan.describe(cfg))
             return 0
         return run(cfg)
     except UserError as error:

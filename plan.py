@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configs.load import UserError, derived, load
+from configs.load import UserError, load
 
 SHAPES = {  # H, L, A, K, F, V, whether the head is tied to the embedding; from config.json of each on the hub
     "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
@@ -133,6 +133,24 @@ def check_fits(cfg, gpu_memory):
     raise UserError(
         f"{phase}: needs {failed[phase]:.1f} GiB of each GPU (an estimate), has {gpu_memory:g}: {way_out}"
     )
+
+
+def derived(cfg):
+    """The numbers that follow from the settings."""
+    responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
+    return {
+        "responses per step": f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
+        "response tokens per step": f"at most {responses * cfg.max_response_tokens:,}",
+        "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
+        "responses per critic update": f"{responses // cfg.critic_updates_per_step:,}",
+        "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
+    }
+
+
+def describe(cfg):
+    """Every setting as it stands, and the numbers that follow."""
+    settings = [f"{key} = {value!r}" for key, value in vars(cfg).items()]
+    return "\n".join(settings + [""] + [f"{name}: {value}" for name, value in derived(cfg).items()])
 
 
 def main(argv):

@@ -88,11 +88,9 @@ def pack(lengths, budget, ranks, hidden_size):
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
     packs = best_fit(lengths, budget)
     num_packs = -(-len(packs) // ranks) * ranks
-    for slack in (1.002, 1.01, 1.03):  # the same number of packs, as evenly filled as they get
+    for slack in (1.03, 1.01, 1.002):  # the same number of packs, as evenly filled as they get
         evened = best_fit(lengths, min(budget, max(lengths.max(), slack * lengths.sum() / num_packs)))
-        if len(evened) <= num_packs:
-            packs = evened
-            break
+        packs = evened if len(evened) <= num_packs else packs
     packs += [[] for _ in range(num_packs - len(packs))]
     cost = lengths * (1 + lengths / (12 * hidden_size))
     work = np.array([cost[indices].sum() for indices in packs])
@@ -310,10 +308,9 @@ class Learner:
     def check_drift(self, drift, count):
         """Refuse an update on samples that another policy made."""
         if drift / count > self.drift_limit >= 0:
-            raise DriftError(
-                f"vLLM and the policy give the same tokens log-probs {drift / count:.2g} apart on average, over the "
-                f"limit of {self.drift_limit:.2g}: stale weights in vLLM, another dtype, or another temperature"
-            )
+            apart = f"{drift / count:.2g} > {self.drift_limit:.2g} apart in the log-probs of the same tokens"
+            causes = "stale weights in vLLM, another dtype, temperature or prompt template"
+            raise DriftError(f"vLLM and the policy are {apart}: {causes}")
 
     def policy_terms(self, batch, indices):
         """The loss per token of one pack, and vectors of which the step's metrics are the means."""

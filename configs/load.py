@@ -119,21 +119,3 @@ def find(path):
     """An absolute path: from here if it exists, else from the project's folder; a hub name stays as it is."""
     places = [os.path.abspath(path), str(ROOT / path)]
     return next((place for place in places if path and os.path.exists(place)), path)
-
-
-def derived(cfg):
-    """The numbers that follow from the settings."""
-    responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
-    return {
-        "responses per step": f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
-        "response tokens per step": f"at most {responses * cfg.max_response_tokens:,}",
-        "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
-        "responses per critic update": f"{responses // cfg.critic_updates_per_step:,}",
-        "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
-    }
-
-
-def describe(cfg):
-    """Every setting as it stands, and the numbers that follow."""
-    settings = [f"{key} = {value!r}" for key, value in vars(cfg).items()]
-    return "\n".join(settings + [""] + [f"{name}: {value}" for name, value in derived(cfg).items()])

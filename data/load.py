@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,7 @@ def render(question, tokenizer, template):
     if template == "chat":
         chat = [{"role": "user", "content": question}]
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return (tokenizer.bos_token or "") + template.replace(
-        "{question}", question
-    )  # questions are full of braces
+    return (tokenizer.bos_token or "") + template.replace("{question}", question)  # it may be full of braces
 
 
 def encode_prompts(questions, tokenizer, template, max_prompt_tokens):
@@ -96,6 +95,22 @@ def encode_prompts(questions, tokenizer, template, max_prompt_tokens):
     prompts = [Prompt(np.array(ids, np.int32), question) for ids, question in zip(rows, questions)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
     return kept, len(prompts) - len(kept)
+
+
+def local_model(name, setting):
+    """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
+    if not os.path.isdir(name) and name.count("/") == 1 and name[0] not in "./":
+        from huggingface_hub import snapshot_download
+
+        try:
+            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        except Exception as error:
+            reason = f"is no folder, and the hub did not give it: {str(error).splitlines()[0]}"
+            raise UserError(f"{setting}={name!r} {reason}") from error
+    files = os.listdir(name) if os.path.isdir(name) else []
+    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
+    return name
 
 
 def read_tasks(cfg, data, log):
@@ -117,12 +132,9 @@ def read_tasks(cfg, data, log):
             raise UserError(f"{report}: raise it")
         if dropped:
             log.say(f"{report} and are left out")
-    return SimpleNamespace(
-        train=[prompt for path in cfg.train_data for prompt in kept[path]],
-        eval={Path(path).stem: kept[path] for path in cfg.eval_data},
-        tokenizer=tokenizer,
-        hidden_size=config.hidden_size,
-    )
+    train = [prompt for path in cfg.train_data for prompt in kept[path]]
+    sets = {Path(path).stem: kept[path] for path in cfg.eval_data}
+    return SimpleNamespace(train=train, eval=sets, tokenizer=tokenizer, hidden_size=config.hidden_size)
 
 
 def step_questions(num_questions, prompts_per_step, seed, step):

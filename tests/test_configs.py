@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import BASE, ROOT, UserError, derived, describe, documentation, load, read_file
+from configs.load import BASE, ROOT, UserError, documentation, load, read_file
+from plan import derived, describe
 
 TINY = str(ROOT / "configs" / "tiny.py")
 CONFIGS = [
