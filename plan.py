@@ -81,9 +81,8 @@ def plan(cfg, shape, gpu_memory):
     """Phases → {what: GiB that one GPU holds of it}. It fits where no phase holds more than gpu_memory."""
     x = vars(cfg) | vars(shape) | {"gpu_memory": gpu_memory, "size": 4 if cfg.dtype == "float32" else 2}
     x["alive"] = 1 if cfg.gradient_checkpointing else shape.L  # layers whose activations exist at once
-    x["token_bytes"] = (
-        2 * shape.L * max(1, shape.K // cfg.tensor_parallel) * shape.D * x["size"]
-    )  # keys and values
+    heads = max(1, shape.K // cfg.tensor_parallel)  # a key-value head is on one GPU of an engine at least
+    x["token_bytes"] = 2 * shape.L * heads * shape.D * x["size"]
     sequence = (cfg.max_prompt_tokens + cfg.max_response_tokens) * x["token_bytes"]
     x["sequences"], x["n"] = 0.0, shape.params
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
@@ -129,10 +128,8 @@ def check_fits(cfg, gpu_memory):
         if not overfull(SimpleNamespace(**vars(cfg) | {key: value}), shape, gpu_memory):
             way_out = f"try --{key}={value}"
             break
-    phase = next(iter(failed))
-    raise UserError(
-        f"{phase}: needs {failed[phase]:.1f} GiB of each GPU (an estimate), has {gpu_memory:g}: {way_out}"
-    )
+    phase, need = next(iter(failed.items()))
+    raise UserError(f"{phase}: needs {need:.1f} GiB of each GPU (an estimate), has {gpu_memory:g}: {way_out}")
 
 
 def derived(cfg):
@@ -168,15 +165,13 @@ def main(argv):
             print(f"\n{phase}: {sum(items.values()):.1f} of {gpu_memory:g} GiB")
             print("\n".join(f"{held:8.2f}  {what}" for what, held in items.items() if held))
         print("\n" + "\n".join(f"{name}: {value}" for name, value in derived(cfg).items()))
-        responses, full = (
-            cfg.prompts_per_step * cfg.samples_per_prompt,
-            cfg.max_prompt_tokens + cfg.max_response_tokens,
-        )
+        responses = cfg.prompts_per_step * cfg.samples_per_prompt
+        full = cfg.max_prompt_tokens + cfg.max_response_tokens
         packs = -(-responses // (cfg.max_tokens_per_pack // full))
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
         print(
-            f"CPU memory per GPU: {2 * 18 * shape.params / cfg.workers / 2**30:.1f} GiB while both networks wait\n"
+            f"CPU memory per GPU: {36 * shape.params / cfg.workers / 2**30:.1f} GiB, 18 bytes in each network\n"
         )
         check_fits(cfg, gpu_memory)
     except (UserError, ValueError) as error:
