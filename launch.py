@@ -268,11 +268,15 @@ class Workers:
         for signum in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
             signal.signal(signum, self.stop)
 
-    def start(self):
-        """Make the Workers, as they were at the newest checkpoint if there is one."""
+    def start(self, step=None):
+        """Make the Workers, as they were at the newest checkpoint if there is one, or at that of `step`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
         cfg, ray, self.phase = self.cfg, self.ray, "start"
+        for stale in Path("/dev/shm").glob(
+            "*cpushm*"
+        ):  # vLLM's; a killed engine leaves it, and the next one fails
+            stale.unlink(missing_ok=True)  # a living one has it mapped
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
         what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
         self.group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
@@ -290,12 +294,11 @@ class Workers:
         address = ray.get(self.handles[0].address.remote())
         self.num_parameters = self.call("setup", "setup", *address)[0]
         saved = checkpoints(self.log.dir)
-        self.step = max(saved, default=0)
-        if saved:
+        self.step = max(saved, default=0) if step is None else step
+        if self.step:
             for kind in TRAINED:
                 self.call("load", "learn", kind, "load", saved[self.step], self.step)
             self.call("sync", "sync")
-        self.log.cut(self.step)
         self.began, self.seconds = time.monotonic(), {}
 
     def kill(self):
@@ -393,10 +396,10 @@ class Workers:
         for step in {*sorted(saved)[: -self.cfg.keep_checkpoints]} - {self.log.best(saved)}:
             shutil.rmtree(saved[step])
 
-    def export(self, tokenizer):
+    def export(self, tokenizer, suffix=""):
         """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
         for kind in TRAINED:
-            folder = f"{self.log.dir}/{kind}"
+            folder = f"{self.log.dir}/{kind}{suffix}"
             self.call("export", "learn", kind, "export", f"{folder}.tmp")
             tokenizer.save_pretrained(f"{folder}.tmp")
             shutil.rmtree(folder, ignore_errors=True)
@@ -509,6 +512,7 @@ def train_on(workers, cfg, tasks, log):
     while True:
         try:
             workers.start()
+            log.cut(workers.step)
             place = f"{cfg.workers} workers on {'GPU' if workers.on_gpu else 'CPU'}"
             log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {place}, run folder {log.dir}")
             work = f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples a step"

@@ -27,7 +27,7 @@ COLLAPSE = {  # called by name in the step line
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
 MAY_CHANGE = set(
     """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
-    phase_timeout max_restarts on_nonfinite grader_processes gpu_memory_utilization wandb out_dir""".split()
+    phase_timeout max_restarts on_nonfinite grader_processes gpu_memory_utilization wandb out_dir name""".split()
 )
 
 

@@ -57,7 +57,7 @@ HEAD = {
 SYNC = {
     "vLLM's weights": "size * params / tensor_parallel",
     "policy's weights": "size * params / workers",
-    "gathered bucket: 1 GiB and the largest matrix": "2**30 + size * V * H",
+    "gathered at once: 16 tensors": "size * (V * H + 1.5 * (2 * H * (A + K) * D + 3 * H * F))",
 }
 
 

@@ -80,9 +80,21 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, sig
     check_same(tmp_path / "a", undisturbed)
     saved = {path.name for path in (tmp_path / "a/checkpoints").iterdir()}
     assert {"step_5", "step_6"} <= saved and len(saved) <= 3  # the newest two, and the best
+    done = export(tmp_path / "a", STEPS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
+    assert (tmp_path / f"a/policy_step_{STEPS}/model.safetensors").read_bytes() == policy
+    done = export(tmp_path / "a", 77)
+    assert done.returncode == 2 and "no checkpoint of step 77; there are [" in done.stderr
     before = weights(tmp_path / "a")
     code, out, err = run(tmp_path, "--name=a", *RUN)  # finished: nothing more happens to it
     assert code == 0 and weights(tmp_path / "a") == before and len(metrics(tmp_path / "a")) == STEPS + 1
+
+
+def export(folder, step):
+    command = [sys.executable, str(ROOT / "export.py"), str(folder), str(step)]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE)
 
 
 KILLS = """

@@ -1,0 +1,50 @@
+"""Export a kept checkpoint of a run as Hugging Face folders: python export.py runs/NAME STEP
+
+In:   runs/NAME/checkpoints/step_STEP.   Out: runs/NAME/policy_step_STEP and critic_step_STEP.
+It takes as many workers as the run had, since each of them holds a part. A run exports its last step by itself.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from configs.load import UserError
+from launch import Workers, checkpoints, start_ray
+from log import Log
+
+
+def export(folder, step):
+    """Raises UserError where there is no such run or checkpoint, or where the run is at work."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no run: it has no config.json")
+    saved = checkpoints(folder)
+    if step not in saved:
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
+    cfg = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+    cfg.out_dir, cfg.name = str(folder.parent), folder.name  # it may have moved
+    from transformers import AutoTokenizer
+
+    log = Log(cfg)  # holds the lock of the run
+    workers = Workers(cfg, log, on_gpu=start_ray())
+    workers.start(step)
+    workers.export(AutoTokenizer.from_pretrained(cfg.model), suffix=f"_step_{step}")
+    log.say(f"networks in {folder}/policy_step_{step} and critic_step_{step}")
+
+
+def main(argv):
+    try:
+        if len(argv) != 2 or not argv[1].isdigit():
+            raise UserError(__doc__.splitlines()[0])
+        export(Path(argv[0]).resolve(), int(argv[1]))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
