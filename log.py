@@ -89,6 +89,8 @@ class Log:
         """Remove the folder of a run that has not begun."""
         if not os.path.getsize(self.metrics.name):
             shutil.rmtree(self.dir)
+            with contextlib.suppress(OSError):
+                self.dir.parent.rmdir()  # if nothing else is in it
 
     def say(self, text):
         print(printable(text), flush=True)

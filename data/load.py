@@ -121,7 +121,15 @@ def read_tasks(cfg, data, log):
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{cfg.model}: {len(tokenizer)} tokens in the tokenizer, but vocab_size={config.vocab_size}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{cfg.model}: its tokenizer names no end token, eos_token, at which a response could end"
+        )
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
     kept = {}
