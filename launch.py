@@ -224,18 +224,18 @@ class Worker:
 
         self.give_gpu_to("rollout")
         samples, rewards = [None] * len(requests), {}
-
-        def on_finish(index, response_ids, logprobs, text, finish_reason):
+        prompts = [prompt.ids.tolist() for _, prompt in requests]
+        for index, *response in self.rollout.generate(prompts, seed, temperature, top_p):
             number, prompt = requests[index]
-            samples[index] = ppo.Sample(number, prompt.ids, response_ids, logprobs, text, finish_reason)
+            sample = samples[index] = ppo.Sample(number, prompt.ids, *response)
             if self.rank % self.cfg.tensor_parallel == 0:
                 answer, choices = prompt.question.answer, prompt.question.choices
-                rewards[index] = self.grader.submit(text, answer, finish_reason, choices=choices)
-
-        prompts = [prompt.ids.tolist() for _, prompt in requests]
-        ids_hash = self.rollout.generate(prompts, seed, temperature, top_p, on_finish)
+                rewards[index] = self.grader.submit(
+                    sample.text, answer, sample.finish_reason, choices=choices
+                )
         for index, future in rewards.items():
             samples[index].reward = future.result()
+        ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
         return (samples if rewards else []), ids_hash
 
     def learn(self, kind, method, *args):
@@ -458,6 +458,8 @@ def start_ray():
     try:
         if address == "local":
             raise ConnectionError
+        if ":" in address:  # where nobody listens Ray would wait for minutes, and then end this process
+            socket.create_connection(address.rsplit(":", 1), timeout=10).close()
         context, how = ray.init(address, **quiet), "joined"
     except Exception as error:
         if address != "local" and not (address == "auto" and isinstance(error, ConnectionError)):

@@ -12,7 +12,6 @@ calls with the same prompts and the same seed. Every vLLM call of this project i
 
 import json
 import os
-import zlib
 
 import numpy as np
 import torch
@@ -52,11 +51,10 @@ class Rollout:
         self.end_tokens = end_tokens(path)
         self.model = self.llm.apply_model(lambda model: model)[0]
 
-    def generate(self, requests, seed, temperature, top_p, on_finish):
-        """Sample one response for each prompt of `requests` (lists of token ids); engine-wide, in this order.
+    def generate(self, requests, seed, temperature, top_p):
+        """Sample one response for each prompt of `requests` (lists of token ids), engine-wide.
 
-        Calls on_finish(index, response_ids int32, logprobs fp32, text, finish_reason) as each one ends, while others go on.
-        Returns a hash of all sampled ids, for the ranks of a tensor-parallel group to compare.
+        Yields (index, response_ids int32, logprobs fp32, text, finish_reason) as each one ends, while others go on.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -77,7 +75,7 @@ class Rollout:
         )
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
-        ids_hash, self.done, self.total = 0, 0, len(requests)
+        self.done, self.total = 0, len(requests)
         # Ranks of one engine must end at the same step, so that only an engine of one rank can be interrupted.
         may_stop = self.cfg.tensor_parallel == 1
         while self.engine.has_unfinished_requests() and not (self.interrupted and may_stop):
@@ -86,10 +84,8 @@ class Rollout:
                     index, response = int(output.request_id), output.outputs[0]
                     ids = np.array(response.token_ids, np.int32)
                     logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
-                    ids_hash ^= zlib.crc32(ids.tobytes(), index)
-                    on_finish(index, ids, logprobs, response.text, response.finish_reason)
                     self.done += 1
-        return ids_hash
+                    yield index, ids, logprobs, response.text, response.finish_reason
 
     def load_weights(self, weights):
         """Replace all weights by `weights`, an iterator of (Hugging Face name, whole tensor).

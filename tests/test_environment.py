@@ -225,11 +225,10 @@ def test_refused_at_once(tmp_path, case):
 @pytest.mark.soak
 @pytest.mark.parametrize("case", HEAVY)
 def test_refused_after_a_look(tmp_path, case):
-    with socket.socket() as taken:  # a port that is occupied, by something that does not speak Ray's language
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        check(tmp_path, *HEAVY[case], **({"RAY_ADDRESS": address} if "Ray" in case else {}))
+    with socket.socket() as free:  # a port at which nobody listens
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    check(tmp_path, *HEAVY[case], **({"RAY_ADDRESS": address} if "Ray" in case else {}))
 
 
 def test_there_are_sixty():

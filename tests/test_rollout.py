@@ -5,6 +5,7 @@ look at what came back.
 """
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -24,12 +25,10 @@ def sample(engine, seed, temperature=1.0):
     """One response to each prompt, in their order, and the hash of their ids."""
     samples = [None] * len(PROMPTS)
 
-    def on_finish(index, ids, logprobs, text, finish_reason):
+    for index, *response in engine.generate(PROMPTS, seed, temperature, 1.0):
         assert samples[index] is None, "finished twice"
-        prompt_ids = np.array(PROMPTS[index], np.int32)
-        samples[index] = ppo.Sample(index, prompt_ids, ids, logprobs, text, finish_reason, float(index % 2))
-
-    ids_hash = engine.generate(PROMPTS, seed, temperature, 1.0, on_finish)
+        samples[index] = ppo.Sample(index, np.array(PROMPTS[index], np.int32), *response, float(index % 2))
+    ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples))
     return samples, ids_hash
 
 
