@@ -3,7 +3,9 @@
 All runs here are the same six steps of the demo on two Workers, with a checkpoint after each (`RUN`).
 """
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -98,42 +100,64 @@ def export(folder, step):
 
 
 KILLS = """
-import random, sys, threading, launch, psutil
+import json, os, random, sys, threading, launch, psutil
 
-phases, last = sys.argv[1].split(","), 0
-rng = random.Random(int(sys.argv[2]))
+todo_file, last = sys.argv[1], 0
+todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun
+rng = random.Random(sum(map(ord, str(todo))))
+
+def kill(victim):
+    mark = {"worker": "ray::Worker", "grader": "reward.py"}.get(victim)
+    found = [p for p in psutil.Process().children(recursive=True) if mark and mark in " ".join(p.cmdline())]
+    (rng.choice(found) if found else psutil.Process()).kill()
 
 class Killed(launch.Workers):
     def call(self, phase, method, *args, per_rank=None):
         global last
-        if phases and phase == phases[0] and self.step > last:  # a second death at the same step ends a run
-            phases.pop(0)
-            last = self.step
-            workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(p.cmdline())]
-            threading.Timer(rng.uniform(0, 0.15), rng.choice(workers).kill).start()
+        if todo and phase == todo[0][0] and self.step > last:  # a second death at the same step ends a run
+            last, (_, victim) = self.step, todo.pop(0)
+            with open(todo_file, "w") as file:
+                json.dump(todo, file)
+            threading.Timer(rng.uniform(0, 0.15), kill, [victim]).start()
         return super().call(phase, method, *args, per_rank=per_rank)
 
 launch.Workers = Killed
-sys.exit(launch.main(sys.argv[3:]))
+sys.exit(launch.main(sys.argv[2:]))
 """
 
 
-def run_killed(tmp_path, phases, seed):
-    """A run in which a Worker is killed soon after each of `phases` has begun; returns what it printed."""
-    command = [sys.executable, "-c", KILLS, ",".join(phases), str(seed), "configs/tiny.py"]
+def run_killed(tmp_path, todo):
+    """A run in which somebody is killed soon after each of these phases has begun; returns all that was printed."""
+    (tmp_path / "todo.json").write_text(json.dumps(todo))
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "todo.json"), "configs/tiny.py"]
     command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-    )
-    code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
-    assert code == 0, out + err
-    return out
+    pipe, printed = subprocess.PIPE, ""
+    while True:  # whoever runs the command again after the driver's death
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+        code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
+        printed += out
+        assert code in (0, -signal.SIGKILL), printed + err
+        assert not left_behind(process, tmp_path)
+        if code == 0:
+            assert json.loads((tmp_path / "todo.json").read_text()) == [], printed
+            return printed
 
 
 def test_a_worker_killed_in_every_phase(tmp_path, undisturbed):
     """Guards against a death that hangs the run, ends it, or changes what it learns."""
     phases = ["generate", "critic", "sync", "eval"]
-    out = run_killed(tmp_path, phases, seed=0)
+    out = run_killed(tmp_path, [(phase, "worker") for phase in phases])
     assert out.count("\nrestart ") == len(phases), out
+    check_same(tmp_path / "a", undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(9))
+def test_random_kills(tmp_path, undisturbed, seed):
+    """Twenty-seven deaths at random moments, of Workers, graders and the driver: what none of the chosen moments shows."""
+    rng = random.Random(seed)
+    phases = ["generate", "values", "critic", "policy", "sync", "save"]
+    todo = [(rng.choice(phases), rng.choice(["worker", "worker", "grader", "driver"])) for _ in range(3)]
+    run_killed(tmp_path, todo)
     check_same(tmp_path / "a", undisturbed)
