@@ -30,6 +30,7 @@ from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 
 ROOT = Path(__file__).resolve().parent
+TRY_AGAIN = 75  # exit code: sysexits.h's EX_TEMPFAIL
 
 
 def train(cfg, workers, tasks, log):
@@ -63,11 +64,11 @@ def train(cfg, workers, tasks, log):
 
         # Critic: each sample once, split at random into critic_updates_per_step updates.
         plans = split_plans(cfg, batch, cfg.critic_updates_per_step, step, "critic", tasks.hidden_size)
-        metrics = workers.update("critic", batch, plans, step)
+        metrics = workers.call("critic", "learn", "critic", "update", batch, plans)[0]
 
         # Policy: one update on everything, strictly on-policy; more updates take a part each.
         plans = split_plans(cfg, batch, cfg.policy_updates_per_step, step, "policy", tasks.hidden_size)
-        metrics |= workers.update("policy", batch, plans, step)
+        metrics |= workers.call("policy", "learn", "policy", "update", batch, plans)[0]
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         workers.call("sync", "sync")
@@ -170,9 +171,8 @@ class Worker:
         import ray
 
         local_rank = int((ray.get_gpu_ids() or [0])[0])
-        env = {"RANK": self.rank, "WORLD_SIZE": self.cfg.workers, "LOCAL_RANK": local_rank}
-        env |= {"MASTER_ADDR": address, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in env.items()})
+        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local_rank)}
+        os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers))
         import deepspeed.ops
         import torch
 
@@ -202,11 +202,6 @@ class Worker:
             self.grader = reward.Grader(cfg.grader_processes or max(1, min(cores, 8)))
         return sum(p.ds_numel for p in self.learners["policy"].network.parameters())
 
-    def progress(self):
-        """How many requests or packs of the call at work are done, and of how many."""
-        at_work = self.learners.get(self.owner, self.rollout)
-        return at_work.done, at_work.total
-
     def interrupt(self):
         self.rollout.interrupted = True
 
@@ -229,10 +224,8 @@ class Worker:
             number, prompt = requests[index]
             sample = samples[index] = ppo.Sample(number, prompt.ids, *response)
             if self.rank % self.cfg.tensor_parallel == 0:
-                answer, choices = prompt.question.answer, prompt.question.choices
-                rewards[index] = self.grader.submit(
-                    sample.text, answer, sample.finish_reason, choices=choices
-                )
+                question, how = prompt.question, sample.finish_reason
+                rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
         for index, future in rewards.items():
             samples[index].reward = future.result()
         ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
@@ -272,24 +265,24 @@ class Workers:
         """Make the Workers, as they were at the newest checkpoint if there is one, or at that of `step`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
-        cfg, ray, self.phase = self.cfg, self.ray, "start"
+        cfg, ray = self.cfg, self.ray
         for stale in Path("/dev/shm").glob(
             "*cpushm*"
         ):  # vLLM's; a killed engine leaves it, and the next one fails
             stale.unlink(missing_ok=True)  # a living one has it mapped
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
         what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
-        self.group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
+        group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
         have = int(ray.cluster_resources().get(what, 0))
-        if have < cfg.workers or not self.group.wait(60):
+        if have < cfg.workers or not group.wait(60):
             need = f"{cfg.workers} free {what}s, {tp} on one node for each engine"
             raise UserError(f"workers={cfg.workers} needs {need}; the Ray cluster has {have}")
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
-        share = {"num_cpus": 0, "num_gpus": 1} if self.on_gpu else {"num_cpus": 1}
+        share = {"num_cpus": 1 - self.on_gpu, "num_gpus": int(self.on_gpu)}
         share["runtime_env"] = {"env_vars": worker_env(cfg, self.on_gpu)}
         self.handles = []
         for rank in range(cfg.workers):
-            share["scheduling_strategy"] = InGroup(self.group, placement_group_bundle_index=rank // tp)
+            share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
             self.handles.append(actor.options(**share).remote(cfg, rank, str(self.log.dir / "logs")))
         address = ray.get(self.handles[0].address.remote())
         self.num_parameters = self.call("setup", "setup", *address)[0]
@@ -299,19 +292,11 @@ class Workers:
             for kind in TRAINED:
                 self.call("load", "learn", kind, "load", saved[self.step], self.step)
             self.call("sync", "sync")
-        self.began, self.seconds = time.monotonic(), {}
-
-    def kill(self):
-        """End what is left of the Workers, so that they can be started anew."""
-        for handle in self.handles:
-            self.ray.kill(handle)
-        self.ray.util.remove_placement_group(self.group)
+        self.seconds = {}
 
     def timings(self):
-        """Seconds by phase since the last call of this, and what the driver did besides."""
-        now, seconds = time.monotonic(), self.seconds
-        seconds["driver"] = now - self.began - sum(seconds.values())
-        self.began, self.seconds = now, {}
+        """Seconds by phase since the last call of this."""
+        seconds, self.seconds = self.seconds, {}
         return {"seconds": {phase: round(value, 4) for phase, value in seconds.items()}}
 
     def watch(self, method):
@@ -321,22 +306,21 @@ class Workers:
 
     def call(self, phase, method, *args, per_rank=None):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
-        self.phase, args = phase, [self.ray.put(arg) for arg in args]  # once, for all of them
+        args = [self.ray.put(arg) for arg in args]  # once, for all of them
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
         start, longest = time.monotonic(), self.longest.get(phase, 0.0)
         limit = self.cfg.phase_timeout or max(600.0, 10 * longest)
-        with self.log.progress(phase) as show:
+        with self.log.progress(phase, longest) as show:
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
                 try:
                     self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
                 except self.ray.exceptions.RayTaskError:
                     time.sleep(3)  # or did it fail because another one is dying?
-                    self.watch("progress")
+                    self.watch("address")
                     raise
-                if pending and show:
-                    show(*map(sum, zip(*self.watch("progress"))))
+                show(time.monotonic() - start)
                 if self.stop_signal and phase in INTERRUPTIBLE:
                     self.watch("interrupt")
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
@@ -366,18 +350,6 @@ class Workers:
                 raise RuntimeError(f"rank {rank} sampled other tokens than the others of its vLLM engine")
         samples = [sample for share, _ in results for sample in share]
         return sorted(samples, key=lambda sample: sample.question)
-
-    def update(self, kind, batch, plans, step):
-        """The updates of one Learner, and their metrics; numbers that are not finite end or skip them, batch kept."""
-        try:
-            return self.call(kind, "learn", kind, "update", batch, plans)[0]
-        except FloatingPointError as error:
-            path = self.log.dir / f"not_finite_{kind}_{step}.npz"
-            np.savez(path, **vars(batch))
-            if self.cfg.on_nonfinite == "stop":
-                raise
-            self.log.say(f"step {step}: {str(error.cause).splitlines()[0]} (skipped; the batch is in {path})")
-            return {f"skipped_{kind}": 1}
 
     def save(self):
         """checkpoints/step_N: written beside, then renamed, so that it is whole or not there at all."""
@@ -430,7 +402,6 @@ def worker_env(cfg, on_gpu):
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
-        "TOKENIZERS_PARALLELISM": "false",
     }
     if on_gpu:
         # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
@@ -463,9 +434,8 @@ def start_ray():
         context, how = ray.init(address, **quiet), "joined"
     except Exception as error:
         if address != "local" and not (address == "auto" and isinstance(error, ConnectionError)):
-            reason = str(error).splitlines()[0]
-            way_out = "RAY_ADDRESS=local starts one of its own"
-            raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}; {way_out}") from error
+            reason = f"{str(error).splitlines()[0]}; RAY_ADDRESS=local starts one of its own"
+            raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
         os.environ.update(RAY_ADDRESS="local", RAY_AUTH_TOKEN=secrets.token_hex(32))
         context, how = ray.init("local", include_dashboard=False, **quiet), "started"
     print(f"{how} the Ray cluster at {context.address_info['gcs_address']}", flush=True)
@@ -483,7 +453,15 @@ def run(cfg):
         workers = Workers(cfg, log, on_gpu=start_ray())
         end, code = "done", 0
         try:
-            train_on(workers, cfg, tasks, log)
+            workers.start()
+            log.cut(workers.step)
+            log.say(
+                f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers, in {log.dir}"
+            )
+            log.say(
+                f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} responses a step, from step {workers.step + 1}"
+            )
+            train(cfg, workers, tasks, log)
         except Stopped as stopped:
             end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
             code = 128 + signal.Signals[str(stopped)]
@@ -499,34 +477,12 @@ def run(cfg):
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         reason = str(cause).splitlines()[0]
         log.say(f"error: {type(cause).__name__}: {reason} (all of it: {log.dir}/error.txt)")
-        return 1
+        # A death or a time limit is no fault of the run's: supervise.py gives the same command again.
+        return TRY_AGAIN if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:
         log.close()
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-
-
-def train_on(workers, cfg, tasks, log):
-    """Train; where a Worker died or took too long, again from the newest checkpoint, but not twice at one step."""
-    from ray.exceptions import RayActorError
-
-    failed = []
-    while True:
-        try:
-            workers.start()
-            log.cut(workers.step)
-            place = f"{cfg.workers} workers on {'GPU' if workers.on_gpu else 'CPU'}"
-            log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {place}, run folder {log.dir}")
-            work = f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples a step"
-            log.say(f"{work} of at most {cfg.max_response_tokens} tokens, from step {workers.step + 1}")
-            return train(cfg, workers, tasks, log)
-        except (RayActorError, TimeoutError) as error:
-            if len(failed) == cfg.max_restarts or workers.step in failed:
-                raise
-            failed.append(workers.step)
-            what = f"{type(error).__name__} in {workers.phase} of step {workers.step + 1}"
-            log.say(f"restart {len(failed)} of {cfg.max_restarts}: {what}: {str(error).splitlines()[0]}")
-            workers.kill()
 
 
 def main(argv):

@@ -18,16 +18,10 @@ from configs.load import UserError
 
 LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
 
-COLLAPSE = {  # called by name in the step line
-    "entropy near zero": lambda row: row["entropy"] < 0.01,
-    "all rewards equal": lambda row: row["reward"] in (0, 1),
-    "responses at the length limit": lambda row: row["cut_off"] > 0.9,
-}
-
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
 MAY_CHANGE = set(
     """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
-    phase_timeout max_restarts on_nonfinite grader_processes gpu_memory_utilization wandb out_dir name""".split()
+    phase_timeout grader_processes gpu_memory_utilization wandb out_dir name""".split()
 )
 
 
@@ -60,8 +54,7 @@ class Log:
         if cfg.wandb:
             import wandb
 
-            where = {"project": "orz", "id": cfg.name, "resume": "allow", "dir": str(self.dir)}
-            wandb.init(**where, config=settings, sync_tensorboard=True)
+            wandb.init(id=cfg.name, resume="allow", dir=str(self.dir), config=settings, sync_tensorboard=True)
 
     def cut(self, step):
         """Forget what came after `step`, which will be made again: metrics.jsonl is cut, TensorBoard written anew."""
@@ -113,8 +106,7 @@ class Log:
         """samples/NAME.jsonl: every response with its question, token ids and reward."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for sample in samples:
-                row = vars(prompts[sample.question].question) | vars(sample) | {"response": sample.text}
-                row["question"] = prompts[sample.question].question.question  # its text, for its number
+                row = vars(sample) | {"response": sample.text} | vars(prompts[sample.question].question)
                 del row["logprobs"], row["text"]
                 file.write(json.dumps(row, default=lambda ids: ids.tolist()) + "\n")
 
@@ -125,19 +117,19 @@ class Log:
         self.say(f"  reward:   {sample.reward:.0f} ({sample.finish_reason}; the answer is {question.answer})")
 
     @contextlib.contextmanager
-    def progress(self, phase):
-        """A bar while a phase is at work, on an interactive terminal; yields show(done, total), else None."""
+    def progress(self, phase, longest):
+        """A bar while a phase is at work, on an interactive terminal: yields show(seconds), of the longest so far."""
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(phase, total=None)
-            yield None if bar.disable else lambda done, total: bar.update(task, completed=done, total=total)
+            task = bar.add_task(phase, total=longest or None)
+            yield lambda seconds: bar.update(task, completed=seconds)
 
     def curves(self):
         """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
-        script = Path(__file__).resolve().parent / "plot.py"
-        subprocess.run([sys.executable, script, self.dir], stdin=subprocess.DEVNULL, check=True)
+        plot = Path(__file__).with_name("plot.py")
+        subprocess.run([sys.executable, plot, self.dir], stdin=subprocess.DEVNULL, check=True)
 
     def close(self):
         self.metrics.close()
@@ -151,8 +143,6 @@ def step_line(metrics):
     shown |= {name: metrics[name] for name in LINE if metrics.get(name) is not None}
     parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
     parts += [f"{phase} {value:.1f}s" for phase, value in metrics["seconds"].items() if value >= 0.05]
-    if metrics.get("entropy") is not None:
-        parts += [f"COLLAPSE: {name}" for name, is_seen in COLLAPSE.items() if is_seen(metrics)]
     return "  ".join([f"step {metrics['step']}", *parts])
 
 
@@ -160,11 +150,8 @@ def flatten(metrics, prefix=""):
     """{"eval": {"a": 1}, "b": None} → {"eval/a": 1}."""
     flat = {}
     for name, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}/")
-        elif value is not None:
-            flat[prefix + name] = value
-    return flat
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return {name: value for name, value in flat.items() if value is not None}
 
 
 def printable(text):

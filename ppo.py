@@ -198,19 +198,6 @@ class DriftError(Exception):
 # ---- The Learner -------------------------------------------------------------------------------------------------
 
 
-def deepspeed_config(cfg, dtype):
-    """ZeRO-3: weights, gradients and optimizer states are each cut into one part per rank."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        # backward() accumulates over as many packs as there are; every step() is an update.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": cfg.max_grad_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 3, "overlap_comm": False},
-    }
-
-
 class Learner:
     """One network under training: "policy", "critic", or "reference" (forward only). One per rank; calls are collective."""
 
@@ -220,9 +207,17 @@ class Learner:
 
         self.kind, self.cfg, self.device = kind, cfg, device
         self.updates = 0  # so far; it follows from the step
-        self.done, self.total = 0, 0  # packs of the call at work
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
-        config = deepspeed_config(cfg, dtype)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            # backward() accumulates over as many packs as there are; every step() is an update.
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": cfg.max_grad_norm,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            # weights, gradients and optimizer states are each cut into one part per rank
+            "zero_optimization": {"stage": 3, "overlap_comm": False},
+        }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
         network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
@@ -239,14 +234,12 @@ class Learner:
     @torch.no_grad()
     def forward(self, batch, plan):
         """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
-        self.done, self.total = 0, len(plan[self.rank])
         results = torch.zeros(len(batch.logprobs), device=self.device)  # [N]
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
             out = self.engine(pack) if self.kind == "critic" else self.engine(pack, self.cfg.temperature)[0]
             for i, result in zip(indices, out.split(batch.response_lens[indices].tolist())):
                 results[batch.response(i)] = result
-            self.done += 1
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 
@@ -259,7 +252,6 @@ class Learner:
         sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
         report = [[packs[0][:4]] for packs in plans[0]]
         before = self.forward(batch, report) if self.kind == "policy" else None
-        self.done, self.total = 0, sum(len(plan[self.rank]) for plan in plans)
         for plan in plans:
             metrics, grad_norm = self.accumulate(batch, plan), np.inf
             self.updates += 1
@@ -295,22 +287,20 @@ class Learner:
                 sums[name] = sums.get(name, 0) + torch.stack([total, torch.full_like(total, len(vector))])
             if "drift_mean" in vectors and len(loss):
                 drift_max = torch.max(drift_max, vectors["drift_mean"].detach().max())
-            self.done += 1
         totals = torch.stack(list(sums.values()))  # [M, 2]
         torch.distributed.all_reduce(totals)
         metrics = dict(zip(sums, totals.tolist()))
         if "drift_mean" in metrics:
             torch.distributed.all_reduce(drift_max, torch.distributed.ReduceOp.MAX)
             metrics["drift_max"] = [float(drift_max), 1]
-            self.check_drift(*metrics["drift_mean"])
+            total, count = metrics["drift_mean"]
+            if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
+                apart = (
+                    f"{total / count:.2g} > {self.drift_limit:.2g} apart in the log-probs of the same tokens"
+                )
+                causes = "stale weights in vLLM, another dtype, temperature or prompt template"
+                raise DriftError(f"vLLM and the policy are {apart}: {causes}")
         return metrics
-
-    def check_drift(self, drift, count):
-        """Refuse an update on samples that another policy made."""
-        if drift / count > self.drift_limit >= 0:
-            apart = f"{drift / count:.2g} > {self.drift_limit:.2g} apart in the log-probs of the same tokens"
-            causes = "stale weights in vLLM, another dtype, temperature or prompt template"
-            raise DriftError(f"vLLM and the policy are {apart}: {causes}")
 
     def policy_terms(self, batch, indices):
         """The loss per token of one pack, and vectors of which the step's metrics are the means."""
@@ -364,16 +354,17 @@ class Learner:
 
     def offload(self, keep_weights=False):
         """Everything but (with keep_weights) the 16-bit weights, which a weight sync still needs, to CPU memory."""
-        if self.device.type != "cuda":
-            return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        parts = {State.lp_grads, State.contiguous_grad_buffer}
-        parts |= set() if keep_weights else {State.lp_params}
-        if self.lr is not None:
+        if self.device.type == "cuda" and self.lr is not None:
+            parts = {
+                State.lp_grads,
+                State.contiguous_grad_buffer,
+                *([] if keep_weights else [State.lp_params]),
+            }
             self.move_optimizer("cpu")
             self.engine.offload_states(include=parts)
-        torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def onload(self):
         if self.device.type == "cuda" and self.lr is not None:

@@ -11,7 +11,7 @@ calls with the same prompts and the same seed. Every vLLM call of this project i
 """
 
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ class Rollout:
 
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
-        self.done, self.total = 0, 0  # requests of the call at work
         self.interrupted = False  # set from another thread where the run is to end
         rng = torch.get_rng_state()  # building an engine reseeds its host's generators
         self.llm = LLM(
@@ -75,7 +74,6 @@ class Rollout:
         )
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
-        self.done, self.total = 0, len(requests)
         # Ranks of one engine must end at the same step, so that only an engine of one rank can be interrupted.
         may_stop = self.cfg.tensor_parallel == 1
         while self.engine.has_unfinished_requests() and not (self.interrupted and may_stop):
@@ -84,7 +82,6 @@ class Rollout:
                     index, response = int(output.request_id), output.outputs[0]
                     ids = np.array(response.token_ids, np.int32)
                     logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
-                    self.done += 1
                     yield index, ids, logprobs, response.text, response.finish_reason
 
     def load_weights(self, weights):
@@ -148,10 +145,8 @@ def repack_tied_head(vllm_model):
 
 def end_tokens(path):
     """All end tokens that a model folder names. With its sampling defaults switched off vLLM knows only one."""
-    tokens = set()
-    for file in ("config.json", "generation_config.json"):
-        if os.path.exists(os.path.join(path, file)):
-            with open(os.path.join(path, file)) as f:
-                ids = json.load(f).get("eos_token_id")
-            tokens.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    return sorted(tokens)
+    files = [Path(path) / name for name in ("config.json", "generation_config.json")]
+    named = [json.loads(file.read_text()).get("eos_token_id") for file in files if file.exists()]
+    return sorted(
+        {token for tokens in named for token in np.atleast_1d(tokens).tolist() if token is not None}
+    )

@@ -14,7 +14,7 @@ model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 ba
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
 train_data = []  # files of questions: ORZ's JSON lists, or JSONL {"question", "answer"} [len(x) > 0]
-eval_data = []  # held-out files, same formats or ORZ's evaluation lists; none = no evaluation
+eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().split(".").pop(0) for p in x}) == len(x)]
 
 # ---- The run -----------------------------------------------------------------------------------------------
 out_dir = "runs"  # every run gets a folder in it [x != ""]
@@ -32,7 +32,6 @@ gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
 grader_processes = 0  # per engine; 0 = one per core that falls to it, at most 8 [x >= 0]
 phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest, at least 600 [x >= 0]
-max_restarts = 3  # of the Workers, after one has died or hung, from the newest checkpoint [x >= 0]
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
 prompts_per_step = 128  # questions per step (ORZ, section 2.2) [x > 0]
@@ -58,7 +57,6 @@ lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
 kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
 drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0 and top_p == 1]
-on_nonfinite = "stop"  # or "skip" the update, where a number of it is not finite [x in ("stop", "skip")]
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
 eval_every = 10  # steps; also before the first and after the last; -1 = off [x == -1 or x > 0]

@@ -42,8 +42,7 @@ def load(argv):
     settings["name"] = settings["name"] or Path(argv[0]).stem
     check_rules(settings)
     for key in ("model", "critic_model", "train_data", "eval_data"):
-        value = settings[key]
-        settings[key] = list(map(find, value)) if isinstance(value, list) else find(value)
+        settings[key] = find(settings[key])
     settings["out_dir"] = os.path.abspath(settings["out_dir"])  # Workers may be started in another folder
     return SimpleNamespace(**settings)
 
@@ -111,11 +110,11 @@ def check_rules(settings):
             rule = re.sub(r"\bx\b", key, legal)
             others = [f", {name}={settings[name]}" for name in re.findall(r"\w+", legal) if name in settings]
             raise UserError(f"{key}={value!r}{''.join(others)}: it must be that {rule} ({comment})")
-    if len({Path(path).stem for path in settings["eval_data"]}) < len(settings["eval_data"]):
-        raise UserError("eval_data: two files have one name, by which results are reported: rename one")
 
 
 def find(path):
-    """An absolute path: from here if it exists, else from the project's folder; a hub name stays as it is."""
+    """An absolute path, or a list of them: from here if it exists, else from the project's folder; else as it is."""
+    if isinstance(path, list):
+        return list(map(find, path))
     places = [os.path.abspath(path), str(ROOT / path)]
     return next((place for place in places if path and os.path.exists(place)), path)

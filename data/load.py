@@ -63,9 +63,10 @@ def to_question(item, place):
     match item:
         case [{"value": question}, {"ground_truth": {"value": answer}}]:
             choices = None
-        case {"prompt": [{"value": question}], "final_answer": answer}:
-            choices = item.get("choices")
-        case {"question": question, "answer": answer}:
+        case {"prompt": [{"value": question}], "final_answer": answer} | {
+            "question": question,
+            "answer": answer,
+        }:
             choices = item.get("choices")
         case _:
             formats = "two messages, {prompt, final_answer} or {question, answer}, as data/load.py shows them"

@@ -107,7 +107,6 @@ LIGHT = {
     "empty stop string": (["configs/tiny.py", "--stop=['']"], "stop"),
     "template without a place": (["configs/tiny.py", "--prompt_template=hello"], "{question}"),
     "unknown dtype": (["configs/tiny.py", "--dtype=float8"], "float8"),
-    "unknown way with bad numbers": (["configs/tiny.py", "--on_nonfinite=hope"], "hope"),
     "no checkpoint kept": (["configs/tiny.py", "--keep_checkpoints=0"], "keep_checkpoints"),
     "name with a slash": (["configs/tiny.py", "--name=a/b"], "name"),
     "two sets of one name": (

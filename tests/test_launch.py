@@ -149,11 +149,11 @@ def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
 
 def test_a_dead_worker_ends_the_run(tmp_path):
     """Guards against waiting for ever: a Worker killed in mid-run is named, the exit code is not 0, none is left."""
-    process = start(tmp_path, "--name=a", *QUICK, "--steps=1000", "--workers=2", "--max_restarts=0")
+    process = start(tmp_path, "--name=a", *QUICK, "--steps=1000", "--workers=2")
     wait_for_step(process, tmp_path / "a", 1)
     workers_of(process)[0].kill()
     code, out, err = finish(process)
-    assert code == 1, out + err
+    assert code == 75, out + err  # for supervise.py: try again
     assert out.splitlines()[-1].startswith("error: ActorDiedError")
     assert not left_behind(process, tmp_path)
 

@@ -109,18 +109,6 @@ def test_step_line_shows_what_was_measured():
     assert step_line({"step": 0, "seconds": {}}) == "step 0"
 
 
-def test_collapse_is_called_by_name():
-    """A run that learns nothing any more goes on for days: no entropy, nothing to compare, nothing that ends."""
-    assert "COLLAPSE" not in step_line(METRICS)
-    for change, name in (
-        ({"entropy": 0.001}, "entropy near zero"),
-        ({"reward": 0.0}, "all rewards equal"),
-        ({"reward": 1.0}, "all rewards equal"),
-        ({"cut_off": 0.95}, "responses at the length limit"),
-    ):
-        assert step_line(METRICS | change).endswith(f"COLLAPSE: {name}")
-
-
 def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
     """A `$` in a data set's name is taken for mathematics and ends the run; a viewer finds half a picture."""
     from matplotlib.figure import Figure
@@ -214,13 +202,15 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
 
 def test_progress_only_where_someone_looks(run, monkeypatch):
     """A log file of a batch system fills with redrawn bars."""
-    with run.progress("generate") as show:
-        assert show is None
-    monkeypatch.setattr(
-        sys, "stderr", SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None)
-    )
-    with run.progress("generate") as show:
-        show(4, 10)
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    with run.progress("generate", 10.0) as show:
+        show(4.0)
+    assert errors.getvalue() == ""
+    errors.isatty = lambda: True
+    with run.progress("generate", 10.0) as show:
+        show(4.0)
+    assert "generate" in errors.getvalue() and "40%" in errors.getvalue()
 
 
 # ---- The folder ----------------------------------------------------------------------------------------------------

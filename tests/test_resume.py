@@ -34,7 +34,6 @@ RUN = [
     "--eval_every=3",
     "--eval_samples=1",
     "--save_every=1",
-    "--max_restarts=100",
 ]
 
 
@@ -126,22 +125,36 @@ sys.exit(launch.main(sys.argv[2:]))
 """
 
 
+# supervise.py, with the program above for launch.py
+SUPERVISED = """
+import sys, supervise
+program, todo_file, *arguments = sys.argv[1:]
+command, popen = None, supervise.subprocess.Popen
+supervise.subprocess.Popen = lambda command: popen([sys.executable, program, todo_file, *arguments])
+sys.exit(supervise.main(arguments))
+"""
+
+
 def run_killed(tmp_path, todo):
-    """A run in which somebody is killed soon after each of these phases has begun; returns all that was printed."""
+    """A supervised run in which somebody is killed soon after each of these phases has begun; returns what it printed."""
     (tmp_path / "todo.json").write_text(json.dumps(todo))
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "todo.json"), "configs/tiny.py"]
+    (tmp_path / "killed.py").write_text(KILLS)
+    command = [
+        sys.executable,
+        "-c",
+        SUPERVISED,
+        str(tmp_path / "killed.py"),
+        str(tmp_path / "todo.json"),
+        "configs/tiny.py",
+    ]
     command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
-    pipe, printed = subprocess.PIPE, ""
-    while True:  # whoever runs the command again after the driver's death
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
-        code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
-        printed += out
-        assert code in (0, -signal.SIGKILL), printed + err
-        assert not left_behind(process, tmp_path)
-        if code == 0:
-            assert json.loads((tmp_path / "todo.json").read_text()) == [], printed
-            return printed
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+    code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
+    assert code == 0 and json.loads((tmp_path / "todo.json").read_text()) == [], out + err
+    assert not left_behind(process, tmp_path)
+    return out
 
 
 def test_a_worker_killed_in_every_phase(tmp_path, undisturbed):
