@@ -3,18 +3,19 @@
 In:   the text of a response, the reference answer, the reason why generation ended.
 Out:  1.0 or 0.0 (ORZ's rule: 1.0 only if generation ended by itself and the boxed answer is right).
 
-    extract_answer → normalise (one spelling) → the same text, or the same exact number → grade → Grader
+    extract_answer → normalise (one spelling) → choices, words → equal (what is stated, ranges, units)
+                   → values (read by GRAMMAR, computed at points) → agree (part by part) → the verdict
 
-This is a first grader: it accepts nothing wrong that it is known of, and misses what only algebra can see
-(`2\\sqrt{2}` for `\\sqrt{8}`, sets in another order, units). Nothing of an answer is ever run as code.
+Two answers are equal if they have the same value: constants to a thousand digits, expressions at fixed points.
+Nothing of an answer is ever run as code: lark reads it, and `compute` knows nothing but the words of GRAMMAR.
 
 This file knows nothing of the others. `python reward.py` is one process of the Grader's pool.
 """
 
 import ctypes
 import json
-import os
-import queue
+import math
+import operator
 import re
 import resource
 import select
@@ -22,56 +23,391 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
-from concurrent.futures import Future
-from fractions import Fraction
+import unicodedata
+import zlib
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
-CPU_SECONDS = 2.0  # of a grading process per item: independent of how busy the machine is
-WALL_SECONDS = 30.0  # backstop against a process that neither works nor ends; 0 such items in a healthy run
-MEMORY_BYTES = 1 << 30  # address space of one grading process
+from lark import Lark, LarkError, Tree
+from mpmath.ctx_mp import MPContext
+
+# Of a grading process: CPU time of an item, however busy the machine is; wall clock of one that neither works nor
+# ends (0 such items in a healthy run); address space.
+CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 2.0, 30.0, 1 << 30
+# Work is refused before it starts where it is larger than any of 5,238 real references needs: characters of an
+# answer, n in n!, bits of a power (2013^2014 has 22,000).
+MAX_CHARS, MAX_WHOLE, MAX_BITS = 1000, 20000, 1 << 17
+# Bits of a number, and of one made of integers alone, where arithmetic is thus exact.
+BITS, BITS_OF_INTEGERS = 1 << 12, 1 << 15
+MP = MPContext()  # of our own: mpmath's global precision is left alone
+MP.prec = BITS
+TINY = MP.ldexp(1, -900)
 
 
 def extract_answer(response: str) -> str:
     """Content of the last `\\boxed{…}` inside the last complete `<answer> … </answer>`, "" if none."""
-    start = response.rfind("<answer>", 0, max(response.rfind("</answer>"), 0))
-    if start < 0:
-        return ""
-    block = response[start : response.find("</answer>", start)]
+    _, tag, block = response.rpartition("</answer>")[0].rpartition("<answer>")
+    block = block.partition("</answer>")[0] if tag else ""
     answer, opened = "", []  # one pass with a stack: linear however the braces are nested
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", block, re.DOTALL):
-        if token[0] == "}":
-            begin = opened.pop() if opened else None
-            answer = answer if begin is None else block[begin : token.start()]
-        elif token[0] == "{" or token[0].startswith("\\boxed"):
-            opened.append(None if token[0] == "{" else token.end())
+        if token[0] == "{" or token[0].startswith("\\boxed"):
+            opened.append(token)
+        elif token[0] == "}" and opened:
+            begin = opened.pop()
+            answer = answer if begin[0] == "{" else block[begin.end() : token.start()]
     return answer
 
 
+# -- normalise: one spelling for the same mathematics -----------------------------------------------------------
+
+# What is one sign in mathematics becomes one character, so that \cosx, \piR and \leqx are read, too.
+SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ ,
+    \approx ≈ \cdot * \times * × * · * \div / ÷ / ⁄ / − - – - \pi π \cup , ∪ , \pm ± \mp ∓ \emptyset ∅ \varnothing ∅
+    \{\} ∅ \sqrt √ \ldots … \cdots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
+    \rfloor ) \lceil \ceil( \rceil ) \lor , \vee , \degree ° \circ ° \mathbb{R} ℝ \dfrac \frac \tfrac \frac \% % \$ $"""
+SIGNS = dict(zip(SIGNS.split()[::2], SIGNS.split()[1::2], strict=True))
+WORDS = {"six": "6", "dozen": "*12", "thousand": "*1000", "million": "*10^6", "billion": "*10^9"}
+WORDS |= {"infinity": "∞", "all real numbers": "ℝ", "degrees": "°", "percent": "%"}
+FUNCTIONS = "arcsin|arccos|arctan|arccot|sin|cos|tan|cot|sec|csc|ln|log|lg|exp|gcd|min|max|abs|floor|ceil"
+NAME = r"(?:[^\W\d_]|[…∞∅]|\\[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?'*"
+UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|(?<= )(?:[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*)"
+GROUPED = r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]|\.\d*,| \d|.*(?:[)\]]|\\\}))"
+MATRIX = r"\\begin\{(?:[pbBs]|small)?(?:matrix|array)\}(?:\{[clr| ]*\})?"
+
+
+def any_of(spellings) -> str:
+    """A pattern for the longest of them."""
+    return "|".join(sorted(map(re.escape, spellings), key=len, reverse=True))
+
+
+def both_signs(match: re.Match) -> str:
+    """3 ± √2 → 3 + √2, 3 − √2."""
+    return ",".join(match[0].translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+"))
+
+
+def repeating(match: re.Match) -> str:
+    """0.1\\overline{6} → (0.10+\\frac{6}{90})."""
+    return rf"({match[1]}0+\frac{{{match[3]}}}{{{(10 ** len(match[3]) - 1) * 10 ** len(match[2])}}})"
+
+
+# In this order. Afterwards "…" is text, $ the dollar, and relations are one character.
+REWRITES = [
+    (r'"|(?<!\\)\$(?!\d[\d.,]*$)|(?<!\\)\\[()\[\]]', ""),  # math delimiters, but "$5" is money
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|math(?:bf|it|cal)|boldsymbol)(?![a-zA-Z])|\\! *", ""),
+    (r"(?:(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\{,\}|\s)+", " "),
+    (r"^ ?\\boxed ?\{(.*)\} ?$", r"\1"),
+    (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mbox|operatorname\*?) ?\{([^{}]*)\}", r'"\1"'),
+    (r'(?i)^ ?"? ?(?:(?:the )?answer(?: is)?:?|option|approximately|\\approx) ?"?', ""),
+    (rf'" ?({any_of(WORDS)}) ?"', lambda match: WORDS[match[1]]),
+    (rf'" ?({FUNCTIONS}|pi) ?"|(?<![\\a-zA-Z])({FUNCTIONS}|sqrt|pi|infty)(?![a-zA-Z])', r"\\\1\2 "),
+    (r'\(? ?\\?"? ?(?<![a-z])[pb]?mod(?![a-z]) ?"?([^()]*)\)?', r"@\1"),
+    (r"(\d*\.(\d*))\\(?:overline|bar|dot) ?\{?(\d+)\}?", repeating),
+    (MATRIX, "("),  # a matrix is a tuple of its rows
+    (r"(?:\\\\)? *\\end\{\w+\}", ")"),
+    (any_of(SIGNS), lambda match: SIGNS[match[0]]),
+    (r'\^ ?\{? ?(?:°|"(?:st|nd|rd|th)") ?\}?', "°"),
+    (r"^((?!\\(?:sin|cos|tan)).)*$", lambda match: match[0].replace("°", "")),
+    (r'(?:, ?)?"? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?"?', ","),
+    (rf"^ ?{NAME} ?∈|, ?[a-z] ?∈.*$|^.*≡|^ ?[A-Z] ?(?=\(.*,.*\) ?$)", ""),  # member, class, named point
+    (r"\\frac ?(\w)", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"(?<![\d.^_])(\d+)(?: ?(\\frac\{\d+\}\{\d+\})| (\d+/\d+))(?!\d)", r"{\1+\2\3}"),  # a mixed number
+    (r"\\(sin|cos|tan|cot) ?\^ ?\{?-1\}?", r"\\arc\1 "),
+    (r"^\\\{ ?\w ?[|:](.*)\\\}$", r"\1"),  # {x | condition}
+    (rf"^(?: ?{NAME} ?≠|ℝ *\\setminus *\\\{{)([^,]*?)(?:\\\}})?$", r"(-∞,\1),(\1,∞)"),
+    (rf"^ ?\|({NAME})\| ?([<≤])(.*)$", r"-(\3)\2\1\2\3"),
+    (r"\|([^|]*)\|", r"\\abs(\1)"),
+    (r"(?:^|(?<=,)|(?<=\\\{))(?:[^,\\]|\\[^{}])*[±∓](?:[^,\\]|\\[^{}])*", both_signs),
+    (r"^ ?\{([^{}]*)\} ?$", r"\1"),
+    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(\d+)\}?$', r"\1_\2"),  # digits in a base
+    (rf"(?<=[\d}}]) ?({UNIT})(?=\^|[ ,;)%]|$)", r'"\1"'),  # a bare unit is text, too
+    (GROUPED, lambda match: re.sub("[, ]", "", match[0])),
+    (r"^[ ,;:]+|[ ,;:.]+$", ""),
+]
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
+
+
 def normalise(text: str) -> str:
-    """One spelling for the same characters: no math delimiters, no outer box, spaces or final full stop."""
-    text = re.sub(r"\\boxed\{(.*)\}$", r"\1", text.strip().strip("$").strip(), flags=re.DOTALL)
-    text = re.sub(r"\\(?:left|right|,|!|;|:)(?![a-zA-Z])", "", text.strip("$ ")).replace("−", "-")
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    return re.sub(r"(?<![\d,])\s+|\s+(?!\d)", "", text).rstrip(".")
+    """One spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
+    if len(text) > MAX_CHARS or text.count("\\boxed") > 1 or not re.sub(r"\s", "", text).isprintable():
+        raise ValueError("too long, two answers, or control characters")
+    text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text))
+    text = unicodedata.normalize("NFKC", text).strip()
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    return re.sub(" +", " ", text).strip()
 
 
-def rational(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal or fraction, None for anything else."""
-    text = re.sub(r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
-    if re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", text):
-        text = text.replace(",", "")
-    if len(text) > 100 or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+|\d+/0*[1-9]\d*)", text):
-        return None
-    return Fraction(text)
+# -- values: read by a grammar, computed at points ----------------------------------------------------------------
+
+PARSER = Lark(
+    rf"""
+    start: item | item (_COMMA item)+ -> list
+    ?item: sum | sum "=" sum -> equation | sum LESS sum -> less | sum MORE sum -> more | sum LESS sum LESS sum -> chain
+        | sum "@" sum -> mod | sum ("&" sum)+ -> row | sum (":" sum)+ -> ratio | sum "\\over" sum -> truediv
+        | sum "\\choose" sum -> binomial
+    ?sum: product | sum "+" product -> add | sum "-" product -> sub
+    ?product: signed | product ("*" signed | power) -> mul | product "/" signed -> truediv
+    ?signed: power | "-" signed -> neg | "+" signed
+    ?power: base | base "^" signed -> power
+    ?base: factor | group | call | base "!" -> factorial | base "!!" -> fac2 | base "%" -> percent
+    ?factor: NAME | NUMBER | "√" unit -> sqrt | "√" "[" sum "]" unit -> root | factor "°" -> degrees
+        | _FRACTION unit unit -> truediv | _BINOMIAL unit unit -> binomial
+    ?unit: factor | group | call
+    ?group: "{{" item "}}" | "(" item ")" | "[" item "]" | "\\{{" item "\\}}" | "(" item (_COMMA item)+ ")" -> tuple
+        | "(" item _COMMA item "]" -> left_open | "[" item _COMMA item "]" -> closed
+        | "[" item _COMMA item ")" -> right_open | ("\\{{" item (_COMMA item)+ "\\}}") -> set
+    call: FUNCTION ["_" unit] ["^" signed] argument
+    ?argument: group | call | "-" argument -> neg | run  // without brackets, up to the next function: sin 2x cos x
+    ?run: exponential | run exponential -> mul
+    ?exponential: factor | factor "^" signed -> power | factor "!" -> factorial
+    FUNCTION.2: /\\(?:{FUNCTIONS})/
+    _FRACTION.2: /\\frac/
+    _BINOMIAL.2: /\\binom/
+    NAME: /(?!\\over|\\choose){NAME}/
+    NUMBER: /(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,4}}(?![a-zA-Z\d]))?/
+    LESS: "<" | "≤"
+    MORE: ">" | "≥"
+    _COMMA: "," | ";"
+    %ignore " "
+    """,
+    parser="lalr",
+    maybe_placeholders=True,
+)
+
+
+def power(x, y):
+    """x^y, unless it is too large."""
+    if x != 0 and abs(y * MP.mag(x)) > MAX_BITS:
+        raise ValueError("too large a power")
+    return MP.power(x, y)
+
+
+def call(name, base, exponent, argument):
+    """\\log_2 x, \\sin^2 x, \\gcd(a, b)."""
+    result = COMPUTED[name[1:]](*(argument[1] if type(argument) is tuple else [argument]))
+    return power(result if base is None else result / MP.ln(base), 1 if exponent is None else exponent)
+
+
+# What the words of the grammar compute; all others are structures: (word, [values]).
+COMPUTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg")}
+COMPUTED |= {name: getattr(MP, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "sqrt")}
+COMPUTED |= {name: getattr(MP, name) for name in ("factorial", "fac2", "binomial")}
+COMPUTED |= {"arc" + name: getattr(MP, "a" + name) for name in ("sin", "cos", "tan", "cot")}
+COMPUTED |= {
+    "log": MP.ln,
+    "lg": MP.log10,
+    "abs": abs,
+    "min": min,
+    "max": max,
+    "exp": lambda x: power(MP.e, x),
+}
+COMPUTED |= {"floor": lambda x: MP.floor(x + TINY), "ceil": lambda x: MP.ceil(x - TINY)}
+COMPUTED |= {
+    "gcd": lambda *x: MP.mpf(math.gcd(*map(int, x))),
+    "start": lambda x: x,
+    "call": call,
+    "power": power,
+}
+COMPUTED |= {
+    "percent": lambda x: x / 100,
+    "degrees": lambda x: x * MP.pi / 180,
+    "mod": lambda a, n: ("mod", [a % n, n]),
+}
+COMPUTED |= {"root": lambda n, x: MP.sign(x) * power(abs(x), 1 / n) if n % 2 == 1 else power(x, 1 / n)}
+COMPUTED |= {
+    "ratio": lambda *x: ("ratio", [part / x[0] for part in x]),
+    "equation": lambda a, b: ("=", [a - b]),
+}
+COMPUTED |= {"less": lambda a, sign, b: (sign, [b - a]), "more": lambda a, sign, b: (TURNED[sign], [a - b])}
+COMPUTED |= {"chain": lambda a, sign, b, other, c: (sign + other, [b - a, c - b])}
+TURNED = {">": "<", "≥": "≤"}
+CONSTANTS = {"i": MP.mpc(0, 1), "e": +MP.e, "π": +MP.pi, "∞": MP.inf}
+CONSTANTS |= {"∅": ("list", []), "ℝ": ("tuple", [-MP.inf, MP.inf])}
+
+
+def compute(tree, point: dict):
+    """The value of a tree at a point: a number, or (word, [values]) for a list, set, tuple, interval or relation."""
+    if not isinstance(tree, Tree):
+        return point.get(tree, tree)
+    values = [compute(child, point) for child in tree.children]
+    if tree.data in ("factorial", "fac2", "binomial") and abs(values[0]) > MAX_WHOLE:
+        raise ValueError("too large")
+    return COMPUTED[tree.data](*values) if tree.data in COMPUTED else (tree.data, values)
+
+
+def values_at_points(a: str, b: str) -> list[tuple]:
+    """Pairs of values at fixed points: j, k … n positive integers, other symbols fractions, once negative."""
+    if re.search(r"(?m)(?<![\\a-zA-Z{])[a-zA-Z]{4}|(?<![_\d])\d+ \.?\d|^\d?\d:[0-5]\d$", a + "\n" + b):
+        raise ValueError("words and numbers side by side are not products, and 11:50 is not a ratio")
+    trees = PARSER.parse(a), PARSER.parse(b)
+    tokens = {token for tree in trees for token in tree.scan_values(lambda token: True)}
+    symbols = {token for token in tokens if token and token.type == "NAME"} - CONSTANTS.keys()
+    MP.prec = BITS if symbols or re.search(r"[a-zA-Zπ√]", re.sub(r"\\frac", "", a + b)) else BITS_OF_INTEGERS
+    known = CONSTANTS | {token: MP.mpf(token) for token in tokens if token and token.type == "NUMBER"}
+    pairs = []
+    for trial in range(5 if symbols else 1):
+        MP.trap_complex = trial == 4  # √(a²b) is a√b for lengths: nothing complex where they are negative
+        try:
+            point = known | {name: sample(name, trial) for name in symbols}
+            pairs.append(tuple(compute(tree, point) for tree in trees))
+        except (ZeroDivisionError, ValueError):
+            continue  # not defined here
+    if len(pairs) < (3 if symbols else 1):
+        raise ValueError("hardly defined anywhere")
+    return pairs
+
+
+def sample(name: str, trial: int):
+    """A value for a symbol, in general position: on a grid x + y would be x_1 + x_2."""
+    scattered = zlib.crc32(f"{name} {trial}".encode())
+    return MP.mpf(scattered % 11 + 2 if name[0] in "jklmnN" else scattered % 997 + 500) / (
+        1 if name[0] in "jklmnN" else 1000 if trial < 4 else -1000
+    )
+
+
+# -- equal: the same value, part by part --------------------------------------------------------------------------
+
+
+def close(x, y) -> bool:
+    """Equal to the precision of the numbers."""
+    if x == y or MP.isinf(x) or MP.isinf(y):
+        return x == y
+    size = max(abs(x), abs(y), 1)
+    if not MP.mag(size) < MP.prec - 100:
+        raise ValueError("too large to tell it from its neighbours")
+    return abs(x - y) <= MP.ldexp(size, 100 - MP.prec)
+
+
+def agree(a, b) -> bool:
+    """Whether two values are the same: lists and sets in any order, everything else in order."""
+    if type(a) is not tuple or type(b) is not tuple:
+        return type(a) is not tuple and type(b) is not tuple and close(a, b)
+    (kind, items), (other, others) = a, b
+    if len(items) != len(others) or kind != other and not {kind, other} <= {"list", "set"}:
+        return False
+    if kind in ("list", "set"):  # each as often here as there
+        return all(sum(agree(x, y) for y in items) == sum(agree(x, y) for y in others) for x in items)
+    return all(map(agree, items, others))
+
+
+def is_rounding(decimal: str, value) -> bool:
+    """0.33 of a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
+    match = re.fullmatch(r"-?(?:\d*\.(\d\d+)|\d\d+\.(\d))", decimal.strip())
+    if not match or MP.im(value) != 0:
+        return False
+    scaled, places = value * MP.mpf(10) ** 100, len(match[1] or match[2])
+    return not close(scaled, MP.nint(scaled)) and abs(value - MP.mpf(match[0])) * 2 * 10**places <= 1
+
+
+UNITS = """cm centimeter, m meter, km kilometer, in inch inche, ft foot feet, g gram, kg kilogram, s sec second,
+    min minute, h hr hour, l liter, $ dollar usd"""
+UNITS = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """An answer without its unit, and the unit in one spelling: square centimeters → cm^2."""
+    match = re.fullmatch(r'([$€£]?)(.*?[^" ]) *((?:"[^"]*"(?:\^\{?\d\}?)?)?)', text)
+    if not match or re.search(r"[,<>=]|\b(?:not|than|least|most|more|less|fewer|to|between)\b", match[3]):
+        return text, ""  # a bound is not a unit
+    words = re.sub(r"(?:square|sq) (\w+)", r"\1^2", match[1] + match[3].lower().replace(" per ", "/"))
+    words = [UNITS.get(word) or word.removesuffix("s") for word in re.findall(r"\w+|[^\w\s\"{}.]", words)]
+    return match[2], "" if "unit" in words else "".join(UNITS.get(word, word) for word in words)
+
+
+def stated(text: str) -> str:
+    """What an equation states: 5 of x = y = 5, x^2 of f(x) = x^2, 1023 of 2^{10} − 1 = 1023."""
+    *names, value = text.split("=")
+    if re.fullmatch(rf" ?{NAME} ?", value) and len(names) == 1:  # 5 = x
+        names, value = [value], names[0]
+    # A name has no digits and sums, except in subscripts; x = 2x + 1 states nothing.
+    named = [
+        re.fullmatch(rf"(?:{NAME}|[(){{}}, ])+", n) and n.strip() not in re.findall(NAME, value)
+        for n in names
+    ]
+    return value if all(is_name or equal(n, value) for is_name, n in zip(named, names, strict=True)) else text
+
+
+def interval(text: str) -> str:
+    """The interval of an inequality: (-∞,2) of x<2."""
+    sides = [side.strip() for side in re.split("([<>≤≥])", text)]
+    if sides[1] in TURNED:
+        sides = [TURNED.get(side, side) for side in reversed(sides)]
+    if len(sides) == 3:
+        sides = ["-∞", "<", *sides] if re.fullmatch(NAME, sides[0]) else [*sides, "<", "∞"]
+    low, left, name, right, high = sides
+    return f"{'[('[left == '<']}{low},{high}{'])'[right == '<']}" if re.fullmatch(NAME, name) else text
+
+
+def exact(text: str) -> str:
+    """√2 of √2 ≈ 1.41."""
+    value, rounded = text.split("≈")
+    return value if equal(value, rounded) else text
+
+
+def equal(a: str, b: str) -> bool:
+    """Whether normalised `a` is right where normalised `b` is the reference."""
+    if "=" in a and "=" in b and a.split("=")[0].strip() == b.split("=")[0].strip():
+        a, b = (text.split("=", 1)[1] for text in (a, b))
+    for sign, solve in (("≈", exact), ("=", stated), ("[<>≤≥]", interval)):
+        for one, other in ((a, b), (b, a)):
+            if re.search(sign, one) and not re.search(sign, other):  # solve each of a list
+                solved = ",".join(map(solve, [one] if re.search(r"[(\[]", one) else one.split(",")))
+                a, b = (solved, b) if one is a else (a, solved)
+    (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
+    if unit_a and unit_b and unit_a != unit_b:
+        return False
+    pairs = values_at_points(a, b)
+    x, y = pairs[0]
+    if type(x) is type(y) is tuple and x[0] == y[0] and x[0] in ("=", "<", "≤"):  # 2y = 4x + 6 is y − 2x = 3
+        (u, v), sign = (x[1][0], y[1][0]), x[0]
+        same = not close(u, 0) and all(close(p[1][0] * v, q[1][0] * u) for p, q in pairs)
+        return same and not close(v, 0) and (sign == "=" or u / v > 0)
+    if all(agree(x, y) for x, y in pairs):
+        return True
+    if ("%" in a) != ("%" in b):  # 50% is 0.5 and also 50
+        x, y = (x * 100, y) if "%" in a else (x, y * 100)
+        return close(x, y) and 0 < y <= 1000
+    return len(pairs) == 1 and type(x) is not tuple and is_rounding(b, x)
+
+
+# -- the verdict --------------------------------------------------------------------------------------------------
+
+PLAIN = re.compile(r"0|-?[1-9]\d*")
+CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+"? *(.*)|"?)', re.IGNORECASE)
+WORD = re.compile(
+    r"(?=.*(?:\"|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))[\"A-Za-z .'-]+"
+)  # rather than a product of letters
+
+
+def same_choice(answer: str, letter: str, content: str | None, choices: dict[str, str]) -> bool:
+    """The letter, the letter with its content, or (where choices are known) the content of no other letter."""
+    chosen = CHOICE.fullmatch(answer)
+    if not chosen:
+        return [name for name, text in choices.items() if is_equal(answer, text)] == [letter]
+    if chosen[1].upper() != letter or not chosen[2]:
+        return chosen[1].upper() == letter
+    if letter in choices or content:
+        return is_equal(chosen[2], choices.get(letter, content))
+    return not re.search(r"\b[A-E]\b|,", chosen[2], re.IGNORECASE)
 
 
 def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -> tuple[bool, str]:
-    """The verdict, and the stage that reached it: "string" or "number"."""
-    answer, reference = normalise(answer), normalise(reference)
-    if answer == reference or (choices and answer.strip("().").upper() == reference.strip("().").upper()):
-        return answer != "", "string"
-    values = rational(answer), rational(reference)
-    return None not in values and values[0] == values[1], "number"
+    """The verdict and the stage that gave it: string, number, value, or refused."""
+    answer, reference = answer.strip(), reference.strip()
+    if PLAIN.fullmatch(answer) and PLAIN.fullmatch(reference):
+        return answer == reference, "number"
+    try:
+        a, b = normalise(answer), normalise(reference)
+        if a and len({re.sub(r'"|(?<!\d)[ .]|[ .](?!\d)', "", text) for text in (a, b)}) == 1:
+            return True, "string"
+        if (option := CHOICE.fullmatch(b)) and option[1].isupper():
+            return same_choice(a, option[1], option[2], choices or {}), "string"
+        if WORD.fullmatch(a) or WORD.fullmatch(b):
+            return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "string"
+        return equal(a, b), "value"
+    except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError, LarkError):
+        return answer == reference != "", "refused"
 
 
 def is_equal(answer: str, reference: str, choices: dict[str, str] | None = None) -> bool:
@@ -82,6 +418,20 @@ def is_equal(answer: str, reference: str, choices: dict[str, str] | None = None)
 def grade(response: str, reference: str, finish_reason: str = "stop") -> float:
     """ORZ's rule: 1.0 only if generation stopped by itself and the extracted answer is equal."""
     return float(finish_reason == "stop" and is_equal(extract_answer(response), reference))
+
+
+# ORZ's five; it counts them case-sensitively and so misses "Wait,".
+REFLECTION = ("wait,", r"recheck[,\s]", "retry", "alternatively,", "however,")
+
+
+def response_stats(response: str) -> dict[str, float]:
+    """Counts of ORZ's reflection patterns, 1.0 for the thinking format, and the share of repeated 8-word windows."""
+    words, lower = response.split(), response.lower()
+    windows = list(zip(*(words[start:] for start in range(8)), strict=False))
+    stats = {re.match("[a-z]+", pattern)[0]: float(len(re.findall(pattern, lower))) for pattern in REFLECTION}
+    begin = response.find("<answer>", response.find("</think>")) if "</think>" in response else -1
+    stats["think_format"] = float(begin >= 0 and response.find("</answer>", begin) >= 0)
+    return stats | {"repetition": 1 - len(set(windows)) / len(windows) if windows else 0.0}
 
 
 # -- Grader: a pool of processes ----------------------------------------------------------------------------------
@@ -98,40 +448,29 @@ def serve() -> None:
         signal.setitimer(
             signal.ITIMER_PROF, CPU_SECONDS
         )  # no handler: SIGPROF ends the process, even inside C
-        verdict = decide(*json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(verdict), flush=True)
+        print(json.dumps(decide(*json.loads(line))), flush=True)
 
 
-OUTCOMES = "graded cut_off no_answer by_string by_number timed_out backstop crashed".split()
+OUTCOMES = "graded cut_off no_answer by_string by_number by_value refused timed_out backstop crashed".split()
 
 
 class Grader:
     """A pool of grading processes: `submit` returns a Future of 1.0 or 0.0; a hung or crashed item is 0.0.
 
-    Processes are plain `python reward.py`, each owned by one thread: nothing of the parent (Ray, torch, its
-    __main__) is inherited or imported, and the clock of an item starts when its process starts it.
+    Processes are plain `python reward.py`, each used by one thread at a time: nothing of the parent (Ray, torch,
+    its __main__) is inherited or imported, and the clock of an item starts when its process starts it.
     """
 
     def __init__(self, num_processes: int = 2):
-        self.items, self.lock = queue.SimpleQueue(), threading.Lock()
+        self.threads, self.lock = ThreadPoolExecutor(num_processes), threading.Lock()
+        self.idle = deque(
+            [None] * num_processes
+        )  # processes that wait for an item; None is yet to be started
         self.counts = Counter(dict.fromkeys(OUTCOMES, 0))
-        self.threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_processes)]
-        for thread in self.threads:
-            thread.start()
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
-        """Grade one response. What needs no reading is decided here, the rest in a process."""
-        future = Future()
-        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        answer = extract_answer(response) if finish_reason == "stop" else ""
-        if answer and answer != reference:
-            self.items.put((future, [answer, reference, choices]))
-        elif answer:
-            self._finish(future, 1.0, "by_string")
-        else:
-            self._finish(future, 0.0, "no_answer" if finish_reason == "stop" else "cut_off")
-        return future
+        """Grade one response."""
+        return self.threads.submit(self._grade, response, reference, finish_reason, choices)
 
     def stats(self) -> dict[str, int]:
         """Counts so far: graded, and of these each outcome; timed_out is CPU time, backstop is wall clock."""
@@ -140,11 +479,10 @@ class Grader:
 
     def close(self) -> None:
         """Finish what was submitted, then end every process."""
-        for _ in self.threads:
-            self.items.put(None)
-        for thread in self.threads:
-            thread.join()
-        self.threads = []
+        self.threads.shutdown()
+        for process in filter(None, self.idle):
+            with process:
+                process.kill()
 
     def __enter__(self):
         return self
@@ -152,43 +490,36 @@ class Grader:
     def __exit__(self, *_):
         self.close()
 
-    def _finish(self, future: Future, reward: float, outcome: str) -> None:
+    def _grade(self, response: str, reference: str, finish_reason: str, choices) -> float:
+        """What needs no reading is decided here, the rest in a process."""
+        answer = extract_answer(response) if finish_reason == "stop" else ""
+        verdict, outcome = bool(answer), "by_string"
+        if not answer:
+            outcome = "no_answer" if finish_reason == "stop" else "cut_off"
+        elif answer != reference:
+            verdict, outcome = self._ask(json.dumps([answer, reference, choices]))
         with self.lock:
             self.counts.update(("graded", outcome))
-        future.set_result(reward)
+        return float(verdict)
 
-    def _run(self) -> None:
-        """One thread and its process, which is replaced when it has died."""
-        process, command = None, [sys.executable, os.path.abspath(__file__)]
-        while (item := self.items.get()) is not None:
-            future, request = item
-            try:
-                if process is None or process.poll() is not None:
-                    process = subprocess.Popen(command, stdin=-1, stdout=-1, process_group=0)
-                self._finish(future, *ask(process, request))
-            except OSError as error:  # no process could be started
-                future.set_exception(error)
-        if process is not None:
-            process.stdin.close()
-            process.wait()
-
-
-def ask(process: subprocess.Popen, request: list) -> tuple[float, str]:
-    """Send one item and wait for its verdict; a process that gives none has ended when this returns."""
-    try:
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has died, so that the line below is empty
-    if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
-        process.kill()
-        process.wait()
-        return 0.0, "backstop"
-    line = process.stdout.readline()
-    if not line.endswith(b"\n"):
-        return 0.0, "timed_out" if process.wait() == -signal.SIGPROF else "crashed"
-    verdict, stage = json.loads(line)
-    return float(verdict), "by_" + stage
+    def _ask(self, request: str) -> tuple[bool, str]:
+        """The verdict of a process; one that gives none has ended, and the next item starts another."""
+        process = self.idle.pop()
+        try:
+            if process is None or process.poll() is not None:
+                process = subprocess.Popen(
+                    [sys.executable, __file__], 0, stdin=-1, stdout=-1, process_group=0
+                )
+            process.stdin.write(request.encode() + b"\n")
+            if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
+                process.kill()
+                return False, "backstop" if process.wait() else ""
+            verdict, stage = json.loads(process.stdout.readline())
+            return verdict, stage if stage == "refused" else "by_" + stage
+        except (BrokenPipeError, json.JSONDecodeError):  # it has died
+            return False, "timed_out" if process.wait() == -signal.SIGPROF else "crashed"
+        finally:
+            self.idle.append(process)
 
 
 if __name__ == "__main__":
