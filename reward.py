@@ -66,8 +66,9 @@ SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥
     \{\} ∅ \sqrt √ \ldots … \cdots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
     \rfloor ) \lceil \ceil( \rceil ) \lor , \vee , \degree ° \circ ° \mathbb{R} ℝ \dfrac \frac \tfrac \frac \% % \$ $"""
 SIGNS = dict(zip(SIGNS.split()[::2], SIGNS.split()[1::2], strict=True))
-WORDS = {"six": "6", "dozen": "*12", "thousand": "*1000", "million": "*10^6", "billion": "*10^9"}
-WORDS |= {"infinity": "∞", "all real numbers": "ℝ", "degrees": "°", "percent": "%"}
+WORDS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine".split())}
+WORDS |= {"dozen": "*12", "thousand": "*1000", "million": "*10^6", "infinity": "∞", "all real numbers": "ℝ"}
+WORDS |= {"degrees": "°", "percent": "%"}
 FUNCTIONS = "arcsin|arccos|arctan|arccot|sin|cos|tan|cot|sec|csc|ln|log|lg|exp|gcd|min|max|abs|floor|ceil"
 NAME = r"(?:[^\W\d_]|[…∞∅]|\\[a-zA-Z]+)(?:_(?:\{[^{}]*\}|\w))?'*"
 UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|(?<= )(?:[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*)"
@@ -100,6 +101,7 @@ REWRITES = [
     (r'(?i)^ ?"? ?(?:(?:the )?answer(?: is)?:?|option|approximately|\\approx) ?"?', ""),
     (rf'" ?({any_of(WORDS)}) ?"', lambda match: WORDS[match[1]]),
     (rf'" ?({FUNCTIONS}|pi) ?"|(?<![\\a-zA-Z])({FUNCTIONS}|sqrt|pi|infty)(?![a-zA-Z])', r"\\\1\2 "),
+    (r'" ?(/|\\cdot) ?"', r"\1"),  # one unit
     (r'\(? ?\\?"? ?(?<![a-z])[pb]?mod(?![a-z]) ?"?([^()]*)\)?', r"@\1"),
     (r"(\d*\.(\d*))\\(?:overline|bar|dot) ?\{?(\d+)\}?", repeating),
     (MATRIX, "("),  # a matrix is a tuple of its rows
@@ -109,6 +111,7 @@ REWRITES = [
     (r"^((?!\\(?:sin|cos|tan)).)*$", lambda match: match[0].replace("°", "")),
     (r'(?:, ?)?"? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?"?', ","),
     (rf"^ ?{NAME} ?∈|, ?[a-z] ?∈.*$|^.*≡|^ ?[A-Z] ?(?=\(.*,.*\) ?$)", ""),  # member, class, named point
+    (r"^ ?[fgh] ?\([a-z]\) ?=", "y="),
     (r"\\frac ?(\w)", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
     (r"(?<![\d.^_])(\d+)(?: ?(\\frac\{\d+\}\{\d+\})| (\d+/\d+))(?!\d)", r"{\1+\2\3}"),  # a mixed number
@@ -140,8 +143,7 @@ def normalise(text: str) -> str:
 
 # -- values: read by a grammar, computed at points ----------------------------------------------------------------
 
-PARSER = Lark(
-    rf"""
+GRAMMAR = rf"""
     start: item | item (_COMMA item)+ -> list
     ?item: sum | sum "=" sum -> equation | sum LESS sum -> less | sum MORE sum -> more | sum LESS sum LESS sum -> chain
         | sum "@" sum -> mod | sum ("&" sum)+ -> row | sum (":" sum)+ -> ratio | sum "\\over" sum -> truediv
@@ -170,10 +172,8 @@ PARSER = Lark(
     MORE: ">" | "≥"
     _COMMA: "," | ";"
     %ignore " "
-    """,
-    parser="lalr",
-    maybe_placeholders=True,
-)
+"""
+PARSER = Lark(GRAMMAR, parser="lalr")
 
 
 def power(x, y):
@@ -191,39 +191,20 @@ def call(name, base, exponent, argument):
 
 # What the words of the grammar compute; all others are structures: (word, [values]).
 COMPUTED = {name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg")}
-COMPUTED |= {name: getattr(MP, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "sqrt")}
-COMPUTED |= {name: getattr(MP, name) for name in ("factorial", "fac2", "binomial")}
+COMPUTED |= {n: getattr(MP, n) for n in "sin cos tan cot sec csc ln exp sqrt factorial fac2 binomial".split()}
 COMPUTED |= {"arc" + name: getattr(MP, "a" + name) for name in ("sin", "cos", "tan", "cot")}
-COMPUTED |= {
-    "log": MP.ln,
-    "lg": MP.log10,
-    "abs": abs,
-    "min": min,
-    "max": max,
-    "exp": lambda x: power(MP.e, x),
-}
+COMPUTED |= {"log": MP.ln, "lg": MP.log10, "abs": abs, "min": min, "max": max, "start": lambda x: x}
 COMPUTED |= {"floor": lambda x: MP.floor(x + TINY), "ceil": lambda x: MP.ceil(x - TINY)}
-COMPUTED |= {
-    "gcd": lambda *x: MP.mpf(math.gcd(*map(int, x))),
-    "start": lambda x: x,
-    "call": call,
-    "power": power,
-}
-COMPUTED |= {
-    "percent": lambda x: x / 100,
-    "degrees": lambda x: x * MP.pi / 180,
-    "mod": lambda a, n: ("mod", [a % n, n]),
-}
+COMPUTED |= {"gcd": lambda *x: MP.mpf(math.gcd(*map(int, x))), "mod": lambda a, n: ("mod", [a % n, n])}
+COMPUTED |= {"call": call, "power": power, "percent": lambda x: x / 100, "degrees": lambda x: x * MP.pi / 180}
 COMPUTED |= {"root": lambda n, x: MP.sign(x) * power(abs(x), 1 / n) if n % 2 == 1 else power(x, 1 / n)}
-COMPUTED |= {
-    "ratio": lambda *x: ("ratio", [part / x[0] for part in x]),
-    "equation": lambda a, b: ("=", [a - b]),
-}
+COMPUTED |= {"ratio": lambda a, *b: ("ratio", [a / x for x in b]) if len(b) > 1 else a / b[0]}
 COMPUTED |= {"less": lambda a, sign, b: (sign, [b - a]), "more": lambda a, sign, b: (TURNED[sign], [a - b])}
-COMPUTED |= {"chain": lambda a, sign, b, other, c: (sign + other, [b - a, c - b])}
+COMPUTED |= {"chain": lambda a, sign, b, turn, c: (sign + turn, [b - a, c - b])}
+COMPUTED |= {"equation": lambda a, b: ("=", [a - b])}
 TURNED = {">": "<", "≥": "≤"}
-CONSTANTS = {"i": MP.mpc(0, 1), "e": +MP.e, "π": +MP.pi, "∞": MP.inf}
-CONSTANTS |= {"∅": ("list", []), "ℝ": ("tuple", [-MP.inf, MP.inf])}
+CONSTANTS = {"i": MP.mpc(0, 1), "e": +MP.e, "π": +MP.pi, "∞": MP.inf, "∅": ("list", [])}
+CONSTANTS |= {"ℝ": ("tuple", [-MP.inf, MP.inf])}
 
 
 def compute(tree, point: dict):
@@ -261,9 +242,9 @@ def values_at_points(a: str, b: str) -> list[tuple]:
 def sample(name: str, trial: int):
     """A value for a symbol, in general position: on a grid x + y would be x_1 + x_2."""
     scattered = zlib.crc32(f"{name} {trial}".encode())
-    return MP.mpf(scattered % 11 + 2 if name[0] in "jklmnN" else scattered % 997 + 500) / (
-        1 if name[0] in "jklmnN" else 1000 if trial < 4 else -1000
-    )
+    if name[0] in "jklmnN":
+        return MP.mpf(scattered % 11 + 2)
+    return MP.mpf(scattered % 997 + 500) / (1000 if trial < 4 else -1000)
 
 
 # -- equal: the same value, part by part --------------------------------------------------------------------------
@@ -293,11 +274,10 @@ def agree(a, b) -> bool:
 
 def is_rounding(decimal: str, value) -> bool:
     """0.33 of a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
-    match = re.fullmatch(r"-?(?:\d*\.(\d\d+)|\d\d+\.(\d))", decimal.strip())
-    if not match or MP.im(value) != 0:
+    match = re.fullmatch(r" ?-?(?:\d*\.(\d\d+)|\d\d+\.(\d)) ?", decimal)
+    if not match or MP.im(value) != 0 or close(value * 10**100, MP.nint(value * 10**100)):
         return False
-    scaled, places = value * MP.mpf(10) ** 100, len(match[1] or match[2])
-    return not close(scaled, MP.nint(scaled)) and abs(value - MP.mpf(match[0])) * 2 * 10**places <= 1
+    return abs(value - MP.mpf(decimal.strip())) * 2 * 10 ** len(match[1] or match[2]) <= 1
 
 
 UNITS = """cm centimeter, m meter, km kilometer, in inch inche, ft foot feet, g gram, kg kilogram, s sec second,
@@ -347,8 +327,8 @@ def exact(text: str) -> str:
 
 def equal(a: str, b: str) -> bool:
     """Whether normalised `a` is right where normalised `b` is the reference."""
-    if "=" in a and "=" in b and a.split("=")[0].strip() == b.split("=")[0].strip():
-        a, b = (text.split("=", 1)[1] for text in (a, b))
+    if "=" in a and "=" in b and a.rpartition("=")[0].strip() == b.rpartition("=")[0].strip():
+        a, b = a.rpartition("=")[2], b.rpartition("=")[2]
     for sign, solve in (("≈", exact), ("=", stated), ("[<>≤≥]", interval)):
         for one, other in ((a, b), (b, a)):
             if re.search(sign, one) and not re.search(sign, other):  # solve each of a list
@@ -365,6 +345,8 @@ def equal(a: str, b: str) -> bool:
         return same and not close(v, 0) and (sign == "=" or u / v > 0)
     if all(agree(x, y) for x, y in pairs):
         return True
+    if re.search(r"\+ ?C$|^C ?[+-]", a) and re.search(r"\+ ?C$|^C ?[+-]", b):  # + C absorbs any constant
+        return all(close(u - v, x - y) for u, v in pairs)
     if ("%" in a) != ("%" in b):  # 50% is 0.5 and also 50
         x, y = (x * 100, y) if "%" in a else (x, y * 100)
         return close(x, y) and 0 < y <= 1000
@@ -375,21 +357,16 @@ def equal(a: str, b: str) -> bool:
 
 PLAIN = re.compile(r"0|-?[1-9]\d*")
 CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+"? *(.*)|"?)', re.IGNORECASE)
-WORD = re.compile(
-    r"(?=.*(?:\"|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))[\"A-Za-z .'-]+"
-)  # rather than a product of letters
+# Rather than a product of letters: quoted, or four letters, or three with a capital.
+WORD = re.compile(r"""(?=.*("|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))["A-Za-z .'-]+""")
 
 
-def same_choice(answer: str, letter: str, content: str | None, choices: dict[str, str]) -> bool:
-    """The letter, the letter with its content, or (where choices are known) the content of no other letter."""
+def same_choice(answer: str, letter: str, content: str | None) -> bool:
+    """The letter, alone or with its content (where that is not known: with anything but another letter)."""
     chosen = CHOICE.fullmatch(answer)
-    if not chosen:
-        return [name for name, text in choices.items() if is_equal(answer, text)] == [letter]
-    if chosen[1].upper() != letter or not chosen[2]:
-        return chosen[1].upper() == letter
-    if letter in choices or content:
-        return is_equal(chosen[2], choices.get(letter, content))
-    return not re.search(r"\b[A-E]\b|,", chosen[2], re.IGNORECASE)
+    if not chosen or chosen[1].upper() != letter or not chosen[2]:
+        return bool(chosen) and chosen[1].upper() == letter
+    return is_equal(chosen[2], content) if content else not re.search(r"(?i)\b[A-E]\b|,", chosen[2])
 
 
 def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -> tuple[bool, str]:
@@ -402,7 +379,11 @@ def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -
         if a and len({re.sub(r'"|(?<!\d)[ .]|[ .](?!\d)', "", text) for text in (a, b)}) == 1:
             return True, "string"
         if (option := CHOICE.fullmatch(b)) and option[1].isupper():
-            return same_choice(a, option[1], option[2], choices or {}), "string"
+            if choices and not CHOICE.fullmatch(a):  # the content of this letter, and of no other
+                return [name for name, text in choices.items() if is_equal(answer, text)] == [
+                    option[1]
+                ], "string"
+            return same_choice(a, option[1], (choices or {}).get(option[1], option[2])), "string"
         if WORD.fullmatch(a) or WORD.fullmatch(b):
             return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "string"
         return equal(a, b), "value"
@@ -439,15 +420,13 @@ def response_stats(response: str) -> dict[str, float]:
 
 def serve() -> None:
     """One process of the pool: items in as JSON lines, verdicts out, each within its own CPU time."""
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: die with the parent, even if that is killed
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, however that ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
         signal.setitimer(
             signal.ITIMER_PROF, CPU_SECONDS
-        )  # no handler: SIGPROF ends the process, even inside C
+        )  # unhandled, SIGPROF ends the process, even inside C
         print(json.dumps(decide(*json.loads(line))), flush=True)
 
 
@@ -493,31 +472,33 @@ class Grader:
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> float:
         """What needs no reading is decided here, the rest in a process."""
         answer = extract_answer(response) if finish_reason == "stop" else ""
-        verdict, outcome = bool(answer), "by_string"
         if not answer:
-            outcome = "no_answer" if finish_reason == "stop" else "cut_off"
-        elif answer != reference:
-            verdict, outcome = self._ask(json.dumps([answer, reference, choices]))
+            verdict, outcome = False, "no_answer" if finish_reason == "stop" else "cut_off"
+        else:
+            same = answer == reference
+            verdict, outcome = (
+                (True, "by_string") if same else self._ask(json.dumps([answer, reference, choices]))
+            )
         with self.lock:
             self.counts.update(("graded", outcome))
         return float(verdict)
 
     def _ask(self, request: str) -> tuple[bool, str]:
-        """The verdict of a process; one that gives none has ended, and the next item starts another."""
-        process = self.idle.pop()
+        """The verdict of a process. One that gives none is ended here, and the next item starts another."""
+        process, ready = self.idle.pop(), True
         try:
             if process is None or process.poll() is not None:
                 process = subprocess.Popen(
                     [sys.executable, __file__], 0, stdin=-1, stdout=-1, process_group=0
                 )
             process.stdin.write(request.encode() + b"\n")
-            if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
-                process.kill()
-                return False, "backstop" if process.wait() else ""
-            verdict, stage = json.loads(process.stdout.readline())
+            ready = select.select([process.stdout], [], [], WALL_SECONDS)[0]
+            verdict, stage = json.loads(process.stdout.readline() if ready else "")
             return verdict, stage if stage == "refused" else "by_" + stage
-        except (BrokenPipeError, json.JSONDecodeError):  # it has died
-            return False, "timed_out" if process.wait() == -signal.SIGPROF else "crashed"
+        except (BrokenPipeError, json.JSONDecodeError):
+            process.kill()  # does nothing if it has died
+            timed_out = process.wait() == -signal.SIGPROF
+            return False, "timed_out" if timed_out else "crashed" if ready else "backstop"
         finally:
             self.idle.append(process)
 
