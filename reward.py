@@ -35,12 +35,12 @@ from mpmath.ctx_mp import MPContext
 # ends (0 such items in a healthy run); address space.
 CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 2.0, 30.0, 1 << 30
 # Work is refused before it starts where it is larger than any of 5,238 real references needs: characters of an
-# answer, n in n!, bits of a power (2013^2014 has 22,000).
-MAX_CHARS, MAX_WHOLE, MAX_BITS = 1000, 20000, 1 << 17
-# Bits of a number, and of one made of integers alone, where arithmetic is thus exact.
-BITS, BITS_OF_INTEGERS = 1 << 12, 1 << 15
+# answer, its opening brackets of one kind, n in n!, bits of a power (2013^2014 has 22,000).
+MAX_CHARS, MAX_BRACKETS, MAX_WHOLE, MAX_BITS = 1000, 100, 20000, 1 << 17
+# Bits of a number: with variables, in constants, and in constants of integers alone, which are thus exact.
+BITS, BITS_OF_CONSTANTS, BITS_OF_INTEGERS = 1 << 10, 1 << 12, 1 << 15
 MP = MPContext()  # of our own: mpmath's global precision is left alone
-MP.prec = BITS
+MP.prec = BITS_OF_CONSTANTS
 TINY = MP.ldexp(1, -900)
 
 
@@ -61,7 +61,7 @@ def extract_answer(response: str) -> str:
 # -- normalise: one spelling for the same mathematics -----------------------------------------------------------
 
 # What is one sign in mathematics becomes one character, so that \cosx, \piR and \leqx are read, too.
-SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ ,
+SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ , ; ,
     \approx ≈ \cdot * \times * × * · * \div / ÷ / ⁄ / − - – - \pi π \cup , ∪ , \pm ± \mp ∓ \emptyset ∅ \varnothing ∅
     \{\} ∅ \sqrt √ \ldots … \cdots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
     \rfloor ) \lceil \ceil( \rceil ) \lor , \vee , \degree ° \circ ° \mathbb{R} ℝ \dfrac \frac \tfrac \frac \% % \$ $"""
@@ -122,7 +122,7 @@ REWRITES = [
     (r"\|([^|]*)\|", r"\\abs(\1)"),
     (r"(?:^|(?<=,)|(?<=\\\{))(?:[^,\\]|\\[^{}])*[±∓](?:[^,\\]|\\[^{}])*", both_signs),
     (r"^ ?\{([^{}]*)\} ?$", r"\1"),
-    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(\d+)\}?$', r"\1_\2"),  # digits in a base
+    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(-?\d+)\}?$', r"\1_\2"),  # digits in a base
     (rf"(?<=[\d}}]) ?({UNIT})(?=\^|[ ,;)%]|$)", r'"\1"'),  # a bare unit is text, too
     (GROUPED, lambda match: re.sub("[, ]", "", match[0])),
     (r"^[ ,;:]+|[ ,;:.]+$", ""),
@@ -132,7 +132,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRI
 
 def normalise(text: str) -> str:
     """One spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
-    if len(text) > MAX_CHARS or text.count("\\boxed") > 1 or not re.sub(r"\s", "", text).isprintable():
+    too_long = len(text) > MAX_CHARS or max(map(text.count, "([{")) > MAX_BRACKETS
+    if too_long or text.count("\\boxed") > 1 or not re.sub(r"\s", "", text).isprintable():
         raise ValueError("too long, two answers, or control characters")
     text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text))
     text = unicodedata.normalize("NFKC", text).strip()
@@ -144,8 +145,8 @@ def normalise(text: str) -> str:
 # -- values: read by a grammar, computed at points ----------------------------------------------------------------
 
 GRAMMAR = rf"""
-    start: item | item (_COMMA item)+ -> list
-    ?item: sum | sum "=" sum -> equation | sum LESS sum -> less | sum MORE sum -> more | sum LESS sum LESS sum -> chain
+    start: item | item ("," item)+ -> list
+    ?item: sum | sum RELATION sum -> relation | sum RELATION sum RELATION sum -> chain
         | sum "@" sum -> mod | sum ("&" sum)+ -> row | sum (":" sum)+ -> ratio | sum "\\over" sum -> truediv
         | sum "\\choose" sum -> binomial
     ?sum: product | sum "+" product -> add | sum "-" product -> sub
@@ -156,9 +157,9 @@ GRAMMAR = rf"""
     ?factor: NAME | NUMBER | "√" unit -> sqrt | "√" "[" sum "]" unit -> root | factor "°" -> degrees
         | _FRACTION unit unit -> truediv | _BINOMIAL unit unit -> binomial
     ?unit: factor | group | call
-    ?group: "{{" item "}}" | "(" item ")" | "[" item "]" | "\\{{" item "\\}}" | "(" item (_COMMA item)+ ")" -> tuple
-        | "(" item _COMMA item "]" -> left_open | "[" item _COMMA item "]" -> closed
-        | "[" item _COMMA item ")" -> right_open | ("\\{{" item (_COMMA item)+ "\\}}") -> set
+    ?group: "{{" item "}}" | "(" item ")" | "[" item "]" | "\\{{" item "\\}}" | "(" item ("," item)+ ")" -> tuple
+        | "(" item "," item "]" -> left_open | "[" item "," item "]" -> closed
+        | "[" item "," item ")" -> right_open | ("\\{{" item ("," item)+ "\\}}") -> set
     call: FUNCTION ["_" unit] ["^" signed] argument
     ?argument: group | call | "-" argument -> neg | run  // without brackets, up to the next function: sin 2x cos x
     ?run: exponential | run exponential -> mul
@@ -168,12 +169,13 @@ GRAMMAR = rf"""
     _BINOMIAL.2: /\\binom/
     NAME: /(?!\\over|\\choose){NAME}/
     NUMBER: /(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,4}}(?![a-zA-Z\d]))?/
-    LESS: "<" | "≤"
-    MORE: ">" | "≥"
-    _COMMA: "," | ";"
+    RELATION: /[=<>≤≥]/
     %ignore " "
 """
 PARSER = Lark(GRAMMAR, parser="lalr")
+
+
+TURNED = {">": "<", "≥": "≤"}
 
 
 def power(x, y):
@@ -181,6 +183,11 @@ def power(x, y):
     if x != 0 and abs(y * MP.mag(x)) > MAX_BITS:
         raise ValueError("too large a power")
     return MP.power(x, y)
+
+
+def relation(a, sign, b):
+    """Both sides' difference: positive where x < y."""
+    return (TURNED[sign], [a - b]) if sign in TURNED else (sign, [b - a])
 
 
 def call(name, base, exponent, argument):
@@ -196,13 +203,16 @@ COMPUTED |= {"arc" + name: getattr(MP, "a" + name) for name in ("sin", "cos", "t
 COMPUTED |= {"log": MP.ln, "lg": MP.log10, "abs": abs, "min": min, "max": max, "start": lambda x: x}
 COMPUTED |= {"floor": lambda x: MP.floor(x + TINY), "ceil": lambda x: MP.ceil(x - TINY)}
 COMPUTED |= {"gcd": lambda *x: MP.mpf(math.gcd(*map(int, x))), "mod": lambda a, n: ("mod", [a % n, n])}
-COMPUTED |= {"call": call, "power": power, "percent": lambda x: x / 100, "degrees": lambda x: x * MP.pi / 180}
+COMPUTED |= {
+    "call": call,
+    "power": power,
+    "relation": relation,
+    "percent": lambda x: x / 100,
+    "degrees": lambda x: x * MP.pi / 180,
+}
 COMPUTED |= {"root": lambda n, x: MP.sign(x) * power(abs(x), 1 / n) if n % 2 == 1 else power(x, 1 / n)}
 COMPUTED |= {"ratio": lambda a, *b: ("ratio", [a / x for x in b]) if len(b) > 1 else a / b[0]}
-COMPUTED |= {"less": lambda a, sign, b: (sign, [b - a]), "more": lambda a, sign, b: (TURNED[sign], [a - b])}
 COMPUTED |= {"chain": lambda a, sign, b, turn, c: (sign + turn, [b - a, c - b])}
-COMPUTED |= {"equation": lambda a, b: ("=", [a - b])}
-TURNED = {">": "<", "≥": "≤"}
 CONSTANTS = {"i": MP.mpc(0, 1), "e": +MP.e, "π": +MP.pi, "∞": MP.inf, "∅": ("list", [])}
 CONSTANTS |= {"ℝ": ("tuple", [-MP.inf, MP.inf])}
 
@@ -224,7 +234,8 @@ def values_at_points(a: str, b: str) -> list[tuple]:
     trees = PARSER.parse(a), PARSER.parse(b)
     tokens = {token for tree in trees for token in tree.scan_values(lambda token: True)}
     symbols = {token for token in tokens if token and token.type == "NAME"} - CONSTANTS.keys()
-    MP.prec = BITS if symbols or re.search(r"[a-zA-Zπ√]", re.sub(r"\\frac", "", a + b)) else BITS_OF_INTEGERS
+    irrational = re.search(r"[a-zA-Zπ√]", re.sub(r"\\frac", "", a + b))
+    MP.prec = BITS if symbols else BITS_OF_CONSTANTS if irrational else BITS_OF_INTEGERS
     known = CONSTANTS | {token: MP.mpf(token) for token in tokens if token and token.type == "NUMBER"}
     pairs = []
     for trial in range(5 if symbols else 1):
@@ -255,7 +266,7 @@ def close(x, y) -> bool:
     if x == y or MP.isinf(x) or MP.isinf(y):
         return x == y
     size = max(abs(x), abs(y), 1)
-    if not MP.mag(size) < MP.prec - 100:
+    if MP.prec > BITS and not MP.mag(size) < MP.prec - 100:
         raise ValueError("too large to tell it from its neighbours")
     return abs(x - y) <= MP.ldexp(size, 100 - MP.prec)
 
@@ -370,23 +381,23 @@ def same_choice(answer: str, letter: str, content: str | None) -> bool:
 
 
 def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -> tuple[bool, str]:
-    """The verdict and the stage that gave it: string, number, value, or refused."""
+    """The verdict, and how it was reached: by_number, by_string, by_value, or refused."""
     answer, reference = answer.strip(), reference.strip()
     if PLAIN.fullmatch(answer) and PLAIN.fullmatch(reference):
-        return answer == reference, "number"
+        return answer == reference, "by_number"
     try:
         a, b = normalise(answer), normalise(reference)
         if a and len({re.sub(r'"|(?<!\d)[ .]|[ .](?!\d)', "", text) for text in (a, b)}) == 1:
-            return True, "string"
+            return True, "by_string"
         if (option := CHOICE.fullmatch(b)) and option[1].isupper():
             if choices and not CHOICE.fullmatch(a):  # the content of this letter, and of no other
                 return [name for name, text in choices.items() if is_equal(answer, text)] == [
                     option[1]
-                ], "string"
-            return same_choice(a, option[1], (choices or {}).get(option[1], option[2])), "string"
+                ], "by_string"
+            return same_choice(a, option[1], (choices or {}).get(option[1], option[2])), "by_string"
         if WORD.fullmatch(a) or WORD.fullmatch(b):
-            return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "string"
-        return equal(a, b), "value"
+            return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "by_string"
+        return equal(a, b), "by_value"
     except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError, LarkError):
         return answer == reference != "", "refused"
 
@@ -453,8 +464,7 @@ class Grader:
 
     def stats(self) -> dict[str, int]:
         """Counts so far: graded, and of these each outcome; timed_out is CPU time, backstop is wall clock."""
-        with self.lock:
-            return dict(self.counts)
+        return dict(self.counts)
 
     def close(self) -> None:
         """Finish what was submitted, then end every process."""
@@ -470,15 +480,9 @@ class Grader:
         self.close()
 
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> float:
-        """What needs no reading is decided here, the rest in a process."""
         answer = extract_answer(response) if finish_reason == "stop" else ""
-        if not answer:
-            verdict, outcome = False, "no_answer" if finish_reason == "stop" else "cut_off"
-        else:
-            same = answer == reference
-            verdict, outcome = (
-                (True, "by_string") if same else self._ask(json.dumps([answer, reference, choices]))
-            )
+        nothing = False, "no_answer" if finish_reason == "stop" else "cut_off"
+        verdict, outcome = self._ask(json.dumps([answer, reference, choices])) if answer else nothing
         with self.lock:
             self.counts.update(("graded", outcome))
         return float(verdict)
@@ -493,8 +497,7 @@ class Grader:
                 )
             process.stdin.write(request.encode() + b"\n")
             ready = select.select([process.stdout], [], [], WALL_SECONDS)[0]
-            verdict, stage = json.loads(process.stdout.readline() if ready else "")
-            return verdict, stage if stage == "refused" else "by_" + stage
+            return json.loads(process.stdout.readline() if ready else "")
         except (BrokenPipeError, json.JSONDecodeError):
             process.kill()  # does nothing if it has died
             timed_out = process.wait() == -signal.SIGPROF

@@ -154,7 +154,7 @@ def by_stage():
     for pair in (pair for pairs in PAIRS.values() for pair in pairs):
         (_, stage), ms = limited(reward.decide, pair[0], pair[1])
         times.setdefault(stage, []).append(ms)
-    times["string or number"] = times["string"] + times["number"]
+    times["string or number"] = times["by_string"] + times["by_number"]
     return {stage: milliseconds(values) for stage, values in sorted(times.items())}
 
 

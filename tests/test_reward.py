@@ -543,7 +543,7 @@ def test_cut_off_responses_and_missing_answers_are_counted():
         assert grader.submit(respond("5"), "5", "length").result() == 0.0
         assert grader.submit("no answer", "5").result() == 0.0
         assert grader.submit(respond("5"), "5", finish_reason="stop").result() == 1.0
-        assert grader.stats() | {"graded": 3, "cut_off": 1, "no_answer": 1, "by_string": 1} == grader.stats()
+        assert grader.stats() | {"graded": 3, "cut_off": 1, "no_answer": 1, "by_number": 1} == grader.stats()
 
 
 def test_import_is_light():
