@@ -203,13 +203,8 @@ COMPUTED |= {"arc" + name: getattr(MP, "a" + name) for name in ("sin", "cos", "t
 COMPUTED |= {"log": MP.ln, "lg": MP.log10, "abs": abs, "min": min, "max": max, "start": lambda x: x}
 COMPUTED |= {"floor": lambda x: MP.floor(x + TINY), "ceil": lambda x: MP.ceil(x - TINY)}
 COMPUTED |= {"gcd": lambda *x: MP.mpf(math.gcd(*map(int, x))), "mod": lambda a, n: ("mod", [a % n, n])}
-COMPUTED |= {
-    "call": call,
-    "power": power,
-    "relation": relation,
-    "percent": lambda x: x / 100,
-    "degrees": lambda x: x * MP.pi / 180,
-}
+COMPUTED |= {"call": call, "power": power, "relation": relation, "percent": lambda x: x / 100}
+COMPUTED |= {"degrees": lambda x: x * MP.pi / 180}
 COMPUTED |= {"root": lambda n, x: MP.sign(x) * power(abs(x), 1 / n) if n % 2 == 1 else power(x, 1 / n)}
 COMPUTED |= {"ratio": lambda a, *b: ("ratio", [a / x for x in b]) if len(b) > 1 else a / b[0]}
 COMPUTED |= {"chain": lambda a, sign, b, turn, c: (sign + turn, [b - a, c - b])}
@@ -312,11 +307,10 @@ def stated(text: str) -> str:
     if re.fullmatch(rf" ?{NAME} ?", value) and len(names) == 1:  # 5 = x
         names, value = [value], names[0]
     # A name has no digits and sums, except in subscripts; x = 2x + 1 states nothing.
-    named = [
-        re.fullmatch(rf"(?:{NAME}|[(){{}}, ])+", n) and n.strip() not in re.findall(NAME, value)
-        for n in names
+    names = [
+        name for name in names if not re.fullmatch(rf"(?:{NAME}|[(){{}}, ])+", name) or name.strip() in value
     ]
-    return value if all(is_name or equal(n, value) for is_name, n in zip(named, names, strict=True)) else text
+    return value if all(equal(name, value) for name in names) else text
 
 
 def interval(text: str) -> str:
@@ -356,8 +350,6 @@ def equal(a: str, b: str) -> bool:
         return same and not close(v, 0) and (sign == "=" or u / v > 0)
     if all(agree(x, y) for x, y in pairs):
         return True
-    if re.search(r"\+ ?C$|^C ?[+-]", a) and re.search(r"\+ ?C$|^C ?[+-]", b):  # + C absorbs any constant
-        return all(close(u - v, x - y) for u, v in pairs)
     if ("%" in a) != ("%" in b):  # 50% is 0.5 and also 50
         x, y = (x * 100, y) if "%" in a else (x, y * 100)
         return close(x, y) and 0 < y <= 1000
@@ -391,9 +383,7 @@ def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -
             return True, "by_string"
         if (option := CHOICE.fullmatch(b)) and option[1].isupper():
             if choices and not CHOICE.fullmatch(a):  # the content of this letter, and of no other
-                return [name for name, text in choices.items() if is_equal(answer, text)] == [
-                    option[1]
-                ], "by_string"
+                return [key for key in choices if is_equal(answer, choices[key])] == [option[1]], "by_string"
             return same_choice(a, option[1], (choices or {}).get(option[1], option[2])), "by_string"
         if WORD.fullmatch(a) or WORD.fullmatch(b):
             return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "by_string"
@@ -435,9 +425,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
-        signal.setitimer(
-            signal.ITIMER_PROF, CPU_SECONDS
-        )  # unhandled, SIGPROF ends the process, even inside C
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # unhandled, SIGPROF ends it, even inside C
         print(json.dumps(decide(*json.loads(line))), flush=True)
 
 
@@ -453,9 +441,7 @@ class Grader:
 
     def __init__(self, num_processes: int = 2):
         self.threads, self.lock = ThreadPoolExecutor(num_processes), threading.Lock()
-        self.idle = deque(
-            [None] * num_processes
-        )  # processes that wait for an item; None is yet to be started
+        self.idle = deque([None] * num_processes)  # that wait for an item; None is yet to be started
         self.counts = Counter(dict.fromkeys(OUTCOMES, 0))
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
@@ -492,9 +478,8 @@ class Grader:
         process, ready = self.idle.pop(), True
         try:
             if process is None or process.poll() is not None:
-                process = subprocess.Popen(
-                    [sys.executable, __file__], 0, stdin=-1, stdout=-1, process_group=0
-                )
+                command = [sys.executable, __file__]
+                process = subprocess.Popen(command, 0, stdin=-1, stdout=-1, process_group=0)
             process.stdin.write(request.encode() + b"\n")
             ready = select.select([process.stdout], [], [], WALL_SECONDS)[0]
             return json.loads(process.stdout.readline() if ready else "")
