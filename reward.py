@@ -125,7 +125,6 @@ REWRITES = [
     (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(-?\d+)\}?$', r"\1_\2"),  # digits in a base
     (rf"(?<=[\d}}]) ?({UNIT})(?=\^|[ ,;)%]|$)", r'"\1"'),  # a bare unit is text, too
     (GROUPED, lambda match: re.sub("[, ]", "", match[0])),
-    (r"^[ ,;:]+|[ ,;:.]+$", ""),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 
@@ -155,7 +154,7 @@ GRAMMAR = rf"""
     ?power: base | base "^" signed -> power
     ?base: factor | group | call | base "!" -> factorial | base "!!" -> fac2 | base "%" -> percent
     ?factor: NAME | NUMBER | "√" unit -> sqrt | "√" "[" sum "]" unit -> root | factor "°" -> degrees
-        | _FRACTION unit unit -> truediv | _BINOMIAL unit unit -> binomial
+        | "\\frac" unit unit -> truediv | "\\binom" unit unit -> binomial
     ?unit: factor | group | call
     ?group: "{{" item "}}" | "(" item ")" | "[" item "]" | "\\{{" item "\\}}" | "(" item ("," item)+ ")" -> tuple
         | "(" item "," item "]" -> left_open | "[" item "," item "]" -> closed
@@ -165,9 +164,7 @@ GRAMMAR = rf"""
     ?run: exponential | run exponential -> mul
     ?exponential: factor | factor "^" signed -> power | factor "!" -> factorial
     FUNCTION.2: /\\(?:{FUNCTIONS})/
-    _FRACTION.2: /\\frac/
-    _BINOMIAL.2: /\\binom/
-    NAME: /(?!\\over|\\choose){NAME}/
+    NAME: /(?!\\(?:frac|binom|over|choose)){NAME}/
     NUMBER: /(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,4}}(?![a-zA-Z\d]))?/
     RELATION: /[=<>≤≥]/
     %ignore " "
@@ -291,11 +288,17 @@ UNITS = """cm centimeter, m meter, km kilometer, in inch inche, ft foot feet, g 
 UNITS = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
 
 
+# Neither a bound nor a magnitude is a unit.
+BOUND = re.compile(
+    r"[,<>=]|(?i:not|than|least|most|more|less|fewer|to|between|hundred|[bt]r?illion|tenths|dths)\b"
+)
+
+
 def split_unit(text: str) -> tuple[str, str]:
     """An answer without its unit, and the unit in one spelling: square centimeters → cm^2."""
     match = re.fullmatch(r'([$€£]?)(.*?[^" ]) *((?:"[^"]*"(?:\^\{?\d\}?)?)?)', text)
-    if not match or re.search(r"[,<>=]|\b(?:not|than|least|most|more|less|fewer|to|between)\b", match[3]):
-        return text, ""  # a bound is not a unit
+    if not match or BOUND.search(match[3]):
+        return text, ""
     words = re.sub(r"(?:square|sq) (\w+)", r"\1^2", match[1] + match[3].lower().replace(" per ", "/"))
     words = [UNITS.get(word) or word.removesuffix("s") for word in re.findall(r"\w+|[^\w\s\"{}.]", words)]
     return match[2], "" if "unit" in words else "".join(UNITS.get(word, word) for word in words)

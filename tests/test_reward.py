@@ -67,6 +67,7 @@ def wait_until(condition, seconds):
 
 # Right answers that are still rejected; no wrong answer is accepted.
 REJECTED = {
+    (r"\ln|2x|+C", r"\ln|x|+C"),
     (r"a=1, b=2", r"(1, 2)"),
     (r"x=1,y=2", r"(x,y)=(1,2)"),
     (r"x>2 \text{ and } x<5", r"(2,5)"),
@@ -94,6 +95,12 @@ def test_there_are_enough_pairs():
     assert len(ALL_PAIRS) >= 400
     assert 0.4 < sum(not pair[2] for pair in ALL_PAIRS) / len(ALL_PAIRS) < 0.6
     assert len({pair[:2] for pair in ALL_PAIRS}) == len(ALL_PAIRS)
+
+
+@pytest.mark.parametrize("words", ["trillion", "billion", "hundredths", "or less", "at least", "not"])
+def test_bounds_and_magnitudes_are_no_units(words):
+    """What changes the value must not be ignored like the unit that only one side has."""
+    assert not reward.is_equal(rf"5 \text{{ {words}}}", "5")
 
 
 # -- extraction --------------------------------------------------------------------------------------------------
@@ -487,9 +494,9 @@ def test_slow_item_is_killed_and_counted(monkeypatch):
 
 def test_stopped_process_meets_the_backstop(monkeypatch):
     """A process that gets no CPU time would never reach its CPU limit."""
-    monkeypatch.setattr(reward, "WALL_SECONDS", 1.0)
     with reward.Grader(1) as grader:
-        assert grader.submit(respond("6"), "5").result(60) == 0.0
+        assert grader.submit(respond("6"), "5").result(60) == 0.0  # it has started
+        monkeypatch.setattr(reward, "WALL_SECONDS", 1.0)
         os.kill(graders(os.getpid())[0], signal.SIGSTOP)
         assert grader.submit(respond("5.0"), "5").result(60) == 0.0
         assert grader.stats()["backstop"] == 1
