@@ -3,11 +3,15 @@
 In:   the text of a response, the reference answer, the reason why generation ended.
 Out:  1.0 or 0.0 (ORZ's rule: 1.0 only if generation ended by itself and the boxed answer is right).
 
-    extract_answer → normalise (one spelling) → choices, words → equal (what is stated, ranges, units)
-                   → values (read by GRAMMAR, computed at points) → agree (part by part) → the verdict
+    extract_answer → normalise (one spelling) → decide (choices, words) → equal (what is stated, intervals, units)
+                   → values_at_points (read by GRAMMAR) → agree (part by part) → grade → Grader
 
 Two answers are equal if they have the same value: constants to a thousand digits, expressions at fixed points.
 Nothing of an answer is ever run as code: lark reads it, and `compute` knows nothing but the words of GRAMMAR.
+Why not sympy: of 2,160 different real references its parse_latex reads 2,070, latex2sympy2_extended 2,143 and this
+2,156, and both compute while they parse, without bounds. math-verify is right on 80% of tests/reward_pairs.py (which
+specify this grader, so that its own 99% there says less). Why not pebble: it took 13 s for 8,192 fractions on two
+processes, and a process killed at rest breaks its pool for good.
 
 This file knows nothing of the others. `python reward.py` is one process of the Grader's pool.
 """
