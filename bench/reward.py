@@ -1,0 +1,255 @@
+"""How right and how fast the grader is, beside ORZ's rules and math-verify, on the labelled pairs of tests/.
+
+python bench/reward.py [--data DIR]    prints a table and writes bench/results/reward.json
+
+The pairs were written for this project, by the author of the grader, before the grader; they are its specification,
+so that its own score says "as specified", and only the other two scores compare systems on neutral ground with the
+caveat that they were not made to this specification.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import re
+import resource
+import signal
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from math_verify import parse, verify  # noqa: E402
+from reward_pairs import PAIRS  # noqa: E402
+from sympy.parsing.latex import _parse_latex_antlr  # noqa: E402
+
+import reward  # noqa: E402
+
+LIMIT = 5.0  # CPU seconds a pair may take in any system; then it counts as False, and as timed out
+FILES = ["aime2024", "gpqa_diamond", "math500", "orz_math_57k_sample", "orz_math_72k_sample"]
+
+
+# -- ORZ's rules, restated: string rules of MATH and Minerva, then sympy's parse_latex and evalf ------------------
+
+ORZ_REMOVED = (
+    "square|ways|integers|dollars|mph|inches|ft|hours|km|units|points|feet|minutes|digits|cents|degrees|cm|gm"
+)
+ORZ_REMOVED += (
+    r"|pounds|meters|meals|edges|students|multiples|\\ldots|\\%|%|\\text\{s\}|\\text\{\}|°|\^\\circ|\\!|\\,"
+)
+
+
+def orz_normalise(text):
+    """Delimiters, words, units and spaces away; commas of plain numbers away; fractions and roots braced."""
+    text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{(.*?)\}", r"\1", text.split("=")[-1])
+    text = re.sub(r"\\boxed\{(.*)\}|\$", r"\1", re.sub(r"\\[dt]frac", r"\\frac", text))
+    text = re.sub(rf"\b(?:an?|and|or)\b|{ORZ_REMOVED}|\\left|\\right|\\ |\s", "", text)
+    text = re.sub(r"frac([^{])(.)", r"frac{\1}{\2}", text)
+    text = re.sub(r"sqrt([^{\[])", r"sqrt{\1}", text).rstrip(".")
+    return text.replace(",", "") if text.replace(",", "").isdigit() else text
+
+
+def sympy_latex(text):
+    """sympy's parser, generated for antlr 4.11, on the installed 4.13: same format, but it refuses and warns."""
+    _parse_latex_antlr.version = lambda name: "4.11"
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _parse_latex_antlr.parse_latex(text)
+
+
+def orz_value(text):
+    tree = sympy_latex(text)
+    return tree, tree.evalf()
+
+
+def orz(answer, reference):
+    """Equal as normalised strings, or as sympy expressions or their float values, plain or normalised."""
+    normalised = orz_normalise(answer), orz_normalise(reference)
+    if normalised[0] == normalised[1]:
+        return True
+    for a, b in ((answer, reference), normalised):
+        try:
+            (tree, value), (other_tree, other_value) = orz_value(a), orz_value(b)
+            if tree == other_tree or value == other_value:
+                return True
+        except TimeoutError:
+            raise
+        except Exception:  # noqa: BLE001 as ORZ does
+            continue
+    return False
+
+
+def math_verify(answer, reference):
+    """As its documentation says: both as LaTeX in math mode, the reference first."""
+    gold, mine = (parse(text if "$" in text else f"${text}$") for text in (reference, answer))
+    return verify(gold, mine)
+
+
+SYSTEMS = {"this": reward.is_equal, "math-verify": math_verify, "orz": orz}
+
+
+# -- measurement -------------------------------------------------------------------------------------------------
+
+
+def expire(*_):
+    raise TimeoutError
+
+
+def limited(function, *arguments, repeats=3):
+    """(result or None where it took too long or raised, milliseconds: the best of a few runs)."""
+    times = []
+    for _ in range(repeats):
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        start = time.perf_counter()
+        try:
+            result = function(*arguments)
+        except Exception as error:  # noqa: BLE001 another system's failure is a False
+            result = None
+            if isinstance(error, TimeoutError):
+                return None, LIMIT * 1e3
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        times.append((time.perf_counter() - start) * 1e3)
+    return result, min(times)
+
+
+def milliseconds(times):
+    times = sorted(times)
+    return {
+        "median_ms": round(statistics.median(times), 4),
+        "p99_ms": round(times[int(0.99 * (len(times) - 1))], 3),
+        "max_ms": round(times[-1], 1),
+        "pairs_per_second_per_core": round(1e3 * len(times) / sum(times)),
+    }
+
+
+def judge(function):
+    """Agreement of a system with the labels, in all and by kind."""
+    kinds, times, expired = {}, [], 0
+    for kind, pairs in PAIRS.items():
+        accepts = rejects = 0
+        for answer, reference, label, _ in pairs:
+            verdict, ms = limited(function, answer, reference)
+            times.append(ms)
+            expired += ms >= LIMIT * 1e3
+            accepts += bool(verdict) and not label
+            rejects += not verdict and label
+        kinds[kind] = {"pairs": len(pairs), "wrong_accepts": accepts, "wrong_rejects": rejects}
+    total = {
+        key: sum(kind[key] for kind in kinds.values()) for key in ("pairs", "wrong_accepts", "wrong_rejects")
+    }
+    right = 1 - (total["wrong_accepts"] + total["wrong_rejects"]) / total["pairs"]
+    return total | {"right": round(right, 4), "timed_out": expired} | milliseconds(times) | {"kinds": kinds}
+
+
+def by_stage():
+    """Times of this grader by the stage that decides."""
+    times = {}
+    for pair in (pair for pairs in PAIRS.values() for pair in pairs):
+        (_, stage), ms = limited(reward.decide, pair[0], pair[1])
+        times.setdefault(stage, []).append(ms)
+    times["string or number"] = times["by_string"] + times["by_number"]
+    return {stage: milliseconds(values) for stage, values in sorted(times.items())}
+
+
+def parsers(references):
+    """Which references each parser reads at all, and how long it takes: why sympy's and math-verify's are not used."""
+    from latex2sympy2_extended import latex2sympy
+
+    def own(text):
+        text = reward.normalise(text)
+        if reward.WORD.fullmatch(text) or reward.CHOICE.fullmatch(text):
+            return True
+        return bool(re.fullmatch(r"\d+_-?\d+|\d?\d:[0-5]\d", text)) or reward.equal(text, text)
+
+    readers = {"this": own, "latex2sympy2_extended": latex2sympy, "sympy.parse_latex": sympy_latex}
+    results = {}
+    for name, reader in readers.items():
+        outcomes = [limited(reader, text) for text in references]
+        read = sum(result not in (None, [], False) for result, _ in outcomes)
+        results[name] = {"references": len(references), "read": read} | milliseconds(
+            [ms for _, ms in outcomes]
+        )
+    return results
+
+
+def throughput(references, count=8192, processes=2):
+    """A step's worth of responses through the Grader: half right as written, the others another reference."""
+    rng = random.Random(0)
+    filler = "Let me think about this step by step. Wait, I should recheck the sum of the digits. " * 60
+    items = []
+    for _ in range(count):
+        reference = rng.choice(references)
+        answer = rng.choice([reference, reference, f" {reference} ", rng.choice(references)])
+        items.append((f"{filler}</think> <answer> \\boxed{{{answer}}} </answer>", reference))
+    start = time.process_time()
+    for response, _ in items:
+        reward.response_stats(response)
+    stats_seconds = time.process_time() - start
+    with reward.Grader(processes) as grader:
+        for _ in range(4 * processes):  # the processes start
+            grader.submit(items[0][0], "0.5").result()
+        before, cpu = time.monotonic(), os.times()
+        futures = [grader.submit(*item) for item in items]
+        right = sum(future.result() for future in futures)
+        seconds = time.monotonic() - before
+        own_cpu = os.times().user + os.times().system - cpu.user - cpu.system
+        stats = grader.stats()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "responses": count,
+        "characters_each": len(items[0][0]),
+        "processes": processes,
+        "seconds": round(seconds, 2),
+        "parent_cpu_seconds": round(own_cpu, 2),
+        "graders_cpu_seconds": round(children.ru_utime + children.ru_stime, 2),
+        "right": int(right),
+        "stats": stats,
+        "response_stats_cpu_seconds": round(stats_seconds, 2),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def read_references(folder):
+    records = [record for name in FILES for record in json.loads((folder / f"{name}.json").read_text())]
+    return [r["final_answer"] if isinstance(r, dict) else r[1]["ground_truth"]["value"] for r in records]
+
+
+def main():
+    options = argparse.ArgumentParser()
+    options.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("ORZ_DATA", ROOT / "../shared/data"))
+    )
+    folder = options.parse_args().data
+    signal.signal(signal.SIGPROF, expire)
+    references = [pair[1] for pairs in PAIRS.values() for pair in pairs if pair[1]]
+    if (folder / "math500.json").exists():
+        references = read_references(folder)
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
+    )
+    packages = ("lark", "mpmath", "sympy", "math-verify", "latex2sympy2_extended", "antlr4-python3-runtime")
+    report = {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "shared": True, "load_average": os.getloadavg()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "pairs": {name: judge(system) for name, system in SYSTEMS.items()},
+        "by_stage": by_stage(),
+        "parsers": parsers(sorted(set(references))),
+        "throughput": throughput(references),
+    }
+    (ROOT / "bench/results").mkdir(exist_ok=True)
+    (ROOT / "bench/results/reward.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, row in report["pairs"].items():
+        print(f"{name:12}", {key: value for key, value in row.items() if key != "kinds"})
+    for part in ("by_stage", "parsers", "throughput"):
+        print(part, json.dumps(report[part], indent=1))
+
+
+if __name__ == "__main__":
+    main()
