@@ -122,9 +122,11 @@ def rng_for(*parts):
 
 
 def sample_metrics(samples, batch):
-    """What the responses of a step were like. The last three stay None where one update makes the ratio 1."""
+    """What the responses of a step were like, and None for what does not exist where one update makes the ratio 1."""
     right, variance = batch.rewards > 0, batch.returns.var()
-    return {
+    metrics = dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
+    metrics |= {name: float(np.mean([s.stats[name] for s in samples])) for name in samples[0].stats}
+    return metrics | {
         "reward": float(batch.rewards.mean()),
         "response_tokens": float(batch.response_lens.mean()),
         "response_tokens_right": float(batch.response_lens[right].mean()) if right.any() else None,
@@ -132,7 +134,7 @@ def sample_metrics(samples, batch):
         "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
         "explained_var": float(1 - (batch.returns - batch.values).var() / variance) if variance > 0 else None,
         "tokens": int(batch.lengths.sum()),
-    } | dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
+    }
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
@@ -216,6 +218,7 @@ class Worker:
         """requests: (index of the question, Prompt) each. Returns Samples in that order, and the hash of the sampled ids;
         grading runs in other processes meanwhile. Ranks of one engine make the same call."""
         import ppo
+        import reward
 
         self.give_gpu_to("rollout")
         samples, rewards = [None] * len(requests), {}
@@ -223,6 +226,7 @@ class Worker:
         for index, *response in self.rollout.generate(prompts, seed, temperature, top_p):
             number, prompt = requests[index]
             sample = samples[index] = ppo.Sample(number, prompt.ids, *response)
+            sample.stats = reward.response_stats(sample.text)
             if self.rank % self.cfg.tensor_parallel == 0:
                 question, how = prompt.question, sample.finish_reason
                 rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
@@ -455,11 +459,9 @@ def run(cfg):
         try:
             workers.start()
             log.cut(workers.step)
+            log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers, {log.dir}")
             log.say(
-                f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers, in {log.dir}"
-            )
-            log.say(
-                f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} responses a step, from step {workers.step + 1}"
+                f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} responses, from step {workers.step + 1}"
             )
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
@@ -475,8 +477,7 @@ def run(cfg):
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        reason = str(cause).splitlines()[0]
-        log.say(f"error: {type(cause).__name__}: {reason} (all of it: {log.dir}/error.txt)")
+        log.say(f"error: {type(cause).__name__}: {str(cause).splitlines()[0]} (see {log.dir}/error.txt)")
         # A death or a time limit is no fault of the run's: supervise.py gives the same command again.
         return TRY_AGAIN if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:

@@ -19,10 +19,10 @@ from configs.load import UserError
 LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
 
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
-MAY_CHANGE = set(
-    """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
-    phase_timeout grader_processes gpu_memory_utilization wandb out_dir name""".split()
-)
+MAY_CHANGE = {
+    *"steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints".split(),
+    *"drift_limit phase_timeout grader_processes gpu_memory_utilization wandb out_dir name".split(),
+}
 
 
 class Log:

@@ -43,6 +43,7 @@ class Sample:
     text: str
     finish_reason: str  # "stop": it ended by itself; "length": it was cut off
     reward: float = 0.0
+    stats: dict | None = None  # reward.response_stats of the text
 
 
 class Batch:
@@ -295,9 +296,7 @@ class Learner:
             metrics["drift_max"] = [float(drift_max), 1]
             total, count = metrics["drift_mean"]
             if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
-                apart = (
-                    f"{total / count:.2g} > {self.drift_limit:.2g} apart in the log-probs of the same tokens"
-                )
+                apart = f"{total / count:.2g} > {self.drift_limit:.2g} apart in log-probs of the same tokens"
                 causes = "stale weights in vLLM, another dtype, temperature or prompt template"
                 raise DriftError(f"vLLM and the policy are {apart}: {causes}")
         return metrics
@@ -343,10 +342,7 @@ class Learner:
 
     def export(self, folder):
         """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""
-        state_dict = {}
-        for name, tensor in self.weights():
-            if self.rank == 0:
-                state_dict[name] = tensor.cpu().clone()
+        state_dict = {name: tensor.cpu().clone() for name, tensor in self.weights() if self.rank == 0}
         if self.rank == 0:
             model.save_pretrained(self.network, state_dict, folder)
 

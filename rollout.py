@@ -147,6 +147,5 @@ def end_tokens(path):
     """All end tokens that a model folder names. With its sampling defaults switched off vLLM knows only one."""
     files = [Path(path) / name for name in ("config.json", "generation_config.json")]
     named = [json.loads(file.read_text()).get("eos_token_id") for file in files if file.exists()]
-    return sorted(
-        {token for tokens in named for token in np.atleast_1d(tokens).tolist() if token is not None}
-    )
+    tokens = (token for ids in named for token in np.atleast_1d(ids).tolist())
+    return sorted({*tokens} - {None})

@@ -63,10 +63,9 @@ def to_question(item, place):
     match item:
         case [{"value": question}, {"ground_truth": {"value": answer}}]:
             choices = None
-        case {"prompt": [{"value": question}], "final_answer": answer} | {
-            "question": question,
-            "answer": answer,
-        }:
+        case {"prompt": [{"value": question}], "final_answer": answer}:
+            choices = item.get("choices")
+        case {"question": question, "answer": answer}:
             choices = item.get("choices")
         case _:
             formats = "two messages, {prompt, final_answer} or {question, answer}, as data/load.py shows them"
@@ -125,12 +124,10 @@ def read_tasks(cfg, data, log):
     config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{cfg.model}: {len(tokenizer)} tokens in the tokenizer, but vocab_size={config.vocab_size}"
+            f"{cfg.model}: {len(tokenizer)} tokens, but config.json has vocab_size={config.vocab_size}"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{cfg.model}: its tokenizer names no end token, eos_token, at which a response could end"
-        )
+        raise UserError(f"{cfg.model}: its tokenizer names no end token (eos_token): no response could end")
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
     kept = {}

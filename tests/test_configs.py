@@ -189,7 +189,7 @@ REFUSED = {
     ],
     "--policy_updates_per_step=1025": ["policy_updates_per_step=1025", "prompts_per_step=64"],
     "--top_p=0.9": ["drift_limit", "top_p=0.9"],
-    "--eval_data=a/test.json,b/test.json": ["eval_data", "rename"],
+    "--eval_data=a/test.json,b/test.json": ["eval_data", "no two of one name"],
 }
 
 

@@ -111,7 +111,7 @@ LIGHT = {
     "name with a slash": (["configs/tiny.py", "--name=a/b"], "name"),
     "two sets of one name": (
         ["configs/tiny.py", "--eval_data=data/tiny/eval.jsonl,other/eval.json"],
-        "two files have one name",
+        "no two of one name",
     ),
     "no data file": (["configs/tiny.py", "--train_data=none.jsonl"], "none.jsonl"),
     "no evaluation file": (["configs/tiny.py", "--eval_data=none.jsonl"], "none.jsonl"),
