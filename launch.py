@@ -279,8 +279,7 @@ class Workers:
         group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
         have = int(ray.cluster_resources().get(what, 0))
         if have < cfg.workers or not group.wait(60):
-            need = f"{cfg.workers} free {what}s, {tp} on one node for each engine"
-            raise UserError(f"workers={cfg.workers} needs {need}; the Ray cluster has {have}")
+            raise UserError(f"workers={cfg.workers}: Ray has {have} {what}s; an engine takes {tp} of a node")
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
         share = {"num_cpus": 1 - self.on_gpu, "num_gpus": int(self.on_gpu)}
         share["runtime_env"] = {"env_vars": worker_env(cfg, self.on_gpu)}
@@ -410,10 +409,9 @@ def worker_env(cfg, on_gpu):
     if on_gpu:
         # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
         return env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    threads = max(1, (os.cpu_count() or 1) // cfg.workers)
     return env | {
         "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.workers)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two Workers would bind to the same cores
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "CUDA_VISIBLE_DEVICES": "",

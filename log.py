@@ -19,10 +19,8 @@ from configs.load import UserError
 LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
 
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
-MAY_CHANGE = {
-    *"steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints".split(),
-    *"drift_limit phase_timeout grader_processes gpu_memory_utilization wandb out_dir name".split(),
-}
+MAY_CHANGE = """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
+    phase_timeout grader_processes gpu_memory_utilization wandb out_dir name""".split()
 
 
 class Log:
@@ -38,7 +36,7 @@ class Log:
             if "config.json" not in found and found - {"samples", "config.tmp"}:
                 raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
             before = json.loads(config.read_text()) if config.exists() else settings
-            changed = {name for name in settings if before.get(name) != settings[name]} - MAY_CHANGE
+            changed = {name for name in settings if before.get(name) != settings[name]}.difference(MAY_CHANGE)
             if changed:
                 values = ", ".join(f"{name}={before.get(name)!r}" for name in sorted(changed))
                 raise UserError(f"{self.dir} is a run with {values}: choose another --name")
@@ -128,8 +126,7 @@ class Log:
 
     def curves(self):
         """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
-        plot = Path(__file__).with_name("plot.py")
-        subprocess.run([sys.executable, plot, self.dir], stdin=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), self.dir], check=True)
 
     def close(self):
         self.metrics.close()

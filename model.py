@@ -139,6 +139,8 @@ def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0):
     """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own)."""
     auto = AutoModel if kind == "critic" else AutoModelForCausalLM
     hf = auto.from_pretrained(path, dtype=dtype, attn_implementation="packed")
+    # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
+    hf.base_model.do_not_compile = True
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()  # transformers checkpoints activations only in training mode; dropout is 0 in these models

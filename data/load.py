@@ -16,6 +16,9 @@ import numpy as np
 
 from configs.load import UserError
 
+# Of architectures whose logits are not hidden states times a matrix, or whose attention is not softmax(q·k) v.
+NOT_PLAIN = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -122,10 +125,11 @@ def read_tasks(cfg, data, log):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
+    for name in NOT_PLAIN:
+        if getattr(config, name, None) not in (None, 1):
+            raise UserError(f"{cfg.model}: its {name}={getattr(config, name)} is not supported: see model.py")
     if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{cfg.model}: {len(tokenizer)} tokens, but config.json has vocab_size={config.vocab_size}"
-        )
+        raise UserError(f"{cfg.model}: {len(tokenizer)} tokens, but vocab_size={config.vocab_size}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{cfg.model}: its tokenizer names no end token (eos_token): no response could end")
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
