@@ -188,6 +188,8 @@ def load_critic(path, dtype, gradient_checkpointing=False, seed=0):
 def checkpointed(hf, enabled):
     if enabled:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
+    # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
+    hf.base_model.do_not_compile = True
     hf.train()  # transformers checkpoints activations only in training mode; dropout is 0 in these models
     return hf
 
