@@ -15,6 +15,9 @@ import numpy as np
 
 from configs.load import UserError
 
+# Of architectures whose logits are not hidden states times a matrix, or whose attention is not softmax(q·k) v.
+NOT_PLAIN = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -107,6 +110,12 @@ def read_tasks(cfg, data, log):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
     config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    for setting in NOT_PLAIN:
+        if getattr(config, setting, None) not in (None, 1):
+            kind = f"{config.model_type} with {setting}={getattr(config, setting)}"
+            raise UserError(
+                f"{cfg.model}: {kind} is not supported: model.py has plain attention and a plain head"
+            )
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
     kept = {}
