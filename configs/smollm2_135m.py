@@ -2,13 +2,13 @@
 
     python data/make_smollm2.py && python launch.py configs/smollm2_135m.py
 
-16 prompts x 4 samples = 64 responses a step. float32: bf16 is five times slower on a CPU without AVX-512.
+16 prompts x 4 samples = 64 responses a step. float32: bf16 products are five times slower on a CPU without AVX-512. It took 51
+minutes, 11 of them evaluation, at nice 19 on 2 shared cores of an AMD EPYC: held-out numbers 7 -> 70%
+right, held-out wordings 4 -> 59% (docs/smollm2/summary.json; that run was stopped after its step 16).
 """
 
 model = "models/smollm2_135m"
-critic_model = (
-    "models/smollm2_135m_critic"  # its first 6 layers of 30: a whole critic costs more than the policy
-)
+critic_model = "models/smollm2_135m_critic"  # 6 of its 30 layers: a whole one costs as much as the policy
 train_data = ["data/word_problems/train.jsonl"]
 eval_data = ["data/word_problems/eval.jsonl", "data/word_problems/eval_wordings.jsonl"]
 prompt_template = (  # behind the tokenizer's <|im_start|>; two examples, or it hardly ever gives a boxed answer
@@ -17,7 +17,7 @@ prompt_template = (  # behind the tokenizer's <|im_start|>; two examples, or it 
     "Tom has 3 bags of 4 pens. How many pens? 3 * 4 = 12 <answer>\\boxed{12}</answer>\n"
     "{question}"
 )
-steps = 24
+steps = 16
 prompts_per_step = 16
 samples_per_prompt = 4
 max_prompt_tokens = 128
