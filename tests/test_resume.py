@@ -148,7 +148,7 @@ def run_killed(tmp_path, todo):
         "configs/tiny.py",
     ]
     command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
-    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
     code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
