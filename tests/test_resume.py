@@ -111,6 +111,11 @@ def kill(victim):
     (rng.choice(found) if found else psutil.Process()).kill()
 
 class Killed(launch.Workers):
+    def start(self, step=None):
+        global last
+        super().start(step)
+        last = self.step
+
     def call(self, phase, method, *args, per_rank=None):
         global last
         if todo and phase == todo[0][0] and self.step > last:  # a second death at the same step ends a run
