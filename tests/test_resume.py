@@ -113,6 +113,7 @@ def kill(victim):
 class Killed(launch.Workers):
     def start(self, step=None):
         global last
+        last = launch.np.inf
         super().start(step)
         last = self.step
 
