@@ -5,7 +5,7 @@ Out:  docs/smollm2/: metrics.jsonl as the run wrote it; samples.jsonl, the first
       held-out file, before and after; summary.json; and docs/smollm2.png.
 
 The exported policy is then loaded by plain transformers and by plain vLLM, with nothing of this project but the prompts
-and the grader, and measured twice on every held-out file: accuracy of fresh samples, which must agree with the run's
+and the grader, and measured twice on held-out files: accuracy of fresh samples, which must agree with the run's
 within their errors, and log-probs of the run's own last responses, which must agree token by token.
 """
 
@@ -133,10 +133,12 @@ def with_vllm(folder, rows, cfg):
     return [(output.text, output.finish_reason) for output in outputs], logprobs
 
 
-def reload(run, cfg, name, step):
-    """What the exported policy scores on one held-out file, loaded by others than this project."""
-    rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")
-    results, logprobs = {}, {}
+def reload(run, cfg, name, step, questions):
+    """What the exported policy scores on the first `questions` of a held-out file, loaded by others than this project,
+    beside what the run itself measured on them."""
+    rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")[: questions * cfg["eval_samples"]]
+    in_training = accuracy_of([row["reward"] for row in rows], cfg["eval_samples"])
+    results, logprobs = {"questions": len(rows) // cfg["eval_samples"], "in_training": in_training}, {}
     for loader in (with_transformers, with_vllm):
         samples, logprobs[loader] = loader(run / "policy", rows, cfg)
         results[loader.__name__] = accuracy_of(graded(rows, samples), cfg["eval_samples"])
@@ -235,6 +237,9 @@ if __name__ == "__main__":
         "--note", default="", help="what else is to be known about the machine during the run"
     )
     parser.add_argument("--reload", nargs="*", help="held-out files to measure the exported policy on (all)")
+    parser.add_argument(
+        "--questions", type=int, default=10**9, help="the first so many of each such file (all)"
+    )
     parser.add_argument("--load", type=Path, help="lines of /proc/loadavg taken during the run, for its mean")
     arguments = parser.parse_args()
     cfg, after, summary = record(arguments.run, arguments.note)
@@ -244,7 +249,7 @@ if __name__ == "__main__":
         write(summary)
     for name in after["eval"] if arguments.reload is None else arguments.reload:
         summary.setdefault("policy_loaded_elsewhere", {})[name] = reload(
-            arguments.run, cfg, name, after["step"]
+            arguments.run, cfg, name, after["step"], arguments.questions
         )
         write(summary)
     print(json.dumps(summary, indent=2))
