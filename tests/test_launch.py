@@ -133,6 +133,13 @@ def check_exports(folder):
         "User: 123+456\nAssistant: <think>", return_tensors="pt"
     )
     assert torch.isfinite(policy(prompt["input_ids"]).logits).all()
+    sample = json.loads((folder / "samples/step_1.jsonl").read_text().splitlines()[0])
+    chat = [{"role": "user", "content": sample["question"]}]
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder / "policy"
+    )  # what it was trained to answer is its chat template
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert list(ids) == sample["prompt_ids"]
 
 
 def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):

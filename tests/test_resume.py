@@ -94,9 +94,22 @@ def test_a_finished_run(tmp_path, undisturbed):
     assert (tmp_path / f"a/policy_step_{STEPS}/model.safetensors").read_bytes() == policy
     done = export(tmp_path / "a", 77)
     assert done.returncode == 2 and "no checkpoint of step 77; there are [" in done.stderr
+    sample = json.loads((tmp_path / "a/samples/step_1.jsonl").read_text().splitlines()[0])
+    command = [sys.executable, "-c", CHAT, str(tmp_path / "a/policy"), sample["question"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU, timeout=DEADLINE)
+    assert json.loads(done.stdout.splitlines()[-1]) == sample["prompt_ids"], done.stdout + done.stderr
     code, out, err = run(tmp_path, "--name=a", *RUN)
     assert code == 0 and len(metrics(tmp_path / "a")) == STEPS + 1
     check_same(tmp_path / "a", undisturbed)
+
+
+CPU = {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+CHAT = """
+import sys, vllm
+llm = vllm.LLM(sys.argv[1], max_model_len=128, enforce_eager=True)
+out = llm.chat([{"role": "user", "content": sys.argv[2]}], vllm.SamplingParams(max_tokens=1))
+print(out[0].prompt_token_ids)
+"""
 
 
 def export(folder, step):
