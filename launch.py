@@ -30,8 +30,6 @@ from configs.load import UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 
-ROOT = Path(__file__).resolve().parent
-
 
 def train(cfg, workers, tasks, log):
     """The algorithm, in the order in which things happen, from the step that `workers` have reached."""
@@ -101,8 +99,7 @@ def evaluate(cfg, workers, tasks, log, step):
     results = {}
     for name, prompts in tasks.eval.items():
         samples = workers.generate("eval", prompts, cfg.eval_samples, step)
-        rewards = np.array([s.reward for s in samples]).reshape(len(prompts), cfg.eval_samples)
-        accuracy = rewards.mean(1)  # per question
+        accuracy = np.array([s.reward for s in samples]).reshape(len(prompts), -1).mean(1)  # per question
         error = accuracy.std() / max(1, len(prompts) - 1) ** 0.5
         results[name] = {"accuracy": float(accuracy.mean()), "accuracy_stderr": float(error)}
         results[name] |= response_metrics(samples)
@@ -152,12 +149,8 @@ INTERRUPTIBLE = ("generate", "eval", "values", "old_logprobs", "ref_logprobs")
 class Worker:
     """Everything one GPU does: both Learners and the vLLM engine, in one process, taking turns."""
 
-    def __init__(self, cfg, rank, log_dir):
+    def __init__(self, cfg, rank):
         self.cfg, self.rank = cfg, rank
-        os.makedirs(log_dir, exist_ok=True)
-        chatter = open(f"{log_dir}/worker_{rank}.log", "ab")
-        for stream in (1, 2):
-            os.dup2(chatter.fileno(), stream)
 
     def address(self):
         """This node's address and a free port on it."""
@@ -171,6 +164,12 @@ class Worker:
         """Join the others and build the networks and the engine. Collective; returns the number of parameters."""
         import ray
 
+        chatter = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log"
+        if not os.path.isdir(os.path.dirname(chatter)):
+            raise FileNotFoundError(f"node {ray.util.get_node_ip_address()} does not see {self.cfg.out_dir}")
+        with open(chatter, "ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
         local_rank = int((ray.get_gpu_ids() or [0])[0])
         where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local_rank)}
         os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers))
@@ -279,7 +278,7 @@ class Workers:
         self.handles = []
         for rank in range(cfg.workers):
             share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
-            self.handles.append(actor.options(**share).remote(cfg, rank, str(self.log.dir / "logs")))
+            self.handles.append(actor.options(**share).remote(cfg, rank))
         address = ray.get(self.handles[0].address.remote())
         self.num_parameters = self.call("setup", "setup", *address)[0]
         saved = checkpoints(cfg)
@@ -396,7 +395,7 @@ class Stopped(Exception):
 def worker_env(cfg, on_gpu):
     """Environment of a Worker's process, from its first instruction: what the libraries read when they are imported."""
     env = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *sys.path]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
@@ -468,7 +467,8 @@ def run(cfg):
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        log.say(f"error: {type(cause).__name__}: {str(cause).splitlines()[0]} (see {log.dir}/error.txt)")
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]  # of a death Ray names the node
+        log.say(f"error: {reason} (see {log.dir}/error.txt)")
         return os.EX_TEMPFAIL if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:
         log.close()

@@ -42,14 +42,15 @@ class Log:
         settings["versions"] = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
         try:
             found = {*os.listdir(self.dir)} if self.dir.exists() else set()
-            if "config.json" not in found and found - {"samples", "config.tmp"}:
+            if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:
                 raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
             before = json.loads(config.read_text()) if config.exists() else settings
             changed = {name for name in settings if before.get(name) != settings[name]}.difference(MAY_CHANGE)
             if changed:
                 values = ", ".join(f"{name}={before.get(name)!r}" for name in sorted(changed))
                 raise UserError(f"{self.dir} is a run with {values}: choose another --name")
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            for folder in ("samples", "logs"):
+                (self.dir / folder).mkdir(parents=True, exist_ok=True)
             (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
             os.replace(self.dir / "config.tmp", config)
             self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")

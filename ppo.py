@@ -233,10 +233,8 @@ class Learner:
         del partition_while_loading
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
         self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
-        optimizer = None
-        if self.lr is not None:
-            how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
-            optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how)
+        how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
+        optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how) if self.lr is not None else None
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
         self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
