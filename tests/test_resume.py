@@ -23,6 +23,7 @@ from test_launch import (
     start,
     wait_for_step,
     without_timings,
+    workers_of,
 )
 
 STEPS = 6
@@ -187,3 +188,38 @@ def test_random_kills(tmp_path, undisturbed, seed):
     todo = [(rng.choice(phases), rng.choice(["worker", "worker", "grader", "driver"])) for _ in range(3)]
     run_killed(tmp_path, todo)
     check_same(tmp_path / "a", undisturbed)
+
+
+@pytest.mark.soak
+def test_a_hung_worker(tmp_path, undisturbed):
+    """Guards against waiting for ever: a Worker that stands still is noticed by its time limit, and killed."""
+    process = start(tmp_path, "--name=a", *RUN, "--phase_timeout=100")
+    wait_for_step(process, tmp_path / "a", 2)
+    workers_of(process)[0].suspend()
+    code, out, err = finish(process, deadline=3 * DEADLINE)
+    assert code == 0 and "error: TimeoutError" in out and "phase_timeout=100 s on ranks" in out, out + err
+    assert out.count("\nrestart ") == 1 and not left_behind(process, tmp_path)
+    check_same(tmp_path / "a", undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk(tmp_path, undisturbed):
+    """Guards against half a checkpoint in place of a whole one, and against a run that cannot go on once there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50M", "tmpfs", disk], check=True)
+    try:
+        code, out, err = run(disk, "--name=a", *RUN, "--keep_checkpoints=9")
+        last = out.splitlines()[-1]
+        assert code == 1 and last.startswith("error: OSError: a checkpoint takes ") and "left" in last, (
+            out + err
+        )
+        saved = sorted(path.name for path in (disk / "a/checkpoints").iterdir())
+        assert saved == ["step_1", "step_2"]
+        subprocess.run(["mount", "-o", "remount,size=500M", disk], check=True)
+        code, out, err = run(disk, "--name=a", *RUN, "--keep_checkpoints=9")
+        assert code == 0 and "from step 3" in out, out + err
+        check_same(disk / "a", undisturbed)
+    finally:
+        subprocess.run(["umount", disk], check=True)
