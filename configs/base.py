@@ -13,7 +13,7 @@ _orz_prompt = (Path(__file__).parent / "orz_prompt.txt").read_text()  # byte for
 model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 base models) [x != ""]
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
-train_data = []  # files of questions: ORZ's JSON lists, or JSONL {"question", "answer"} [len(x) > 0]
+train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice [len(x) > 0]
 eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().split(".").pop(0) for p in x}) == len(x)]
 
 # ---- The run -----------------------------------------------------------------------------------------------
