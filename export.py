@@ -18,11 +18,11 @@ def export(folder, step):
     """Raises UserError where there is no such run or checkpoint, or where the run is at work."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no run: it has no config.json")
-    saved = checkpoints(folder)
-    if step not in saved:
-        raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
     cfg = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
     cfg.out_dir, cfg.name = str(folder.parent), folder.name  # it may have moved
+    saved = checkpoints(cfg)
+    if step not in saved:
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
     from transformers import AutoTokenizer
 
     log = Log(cfg)  # holds the lock of the run

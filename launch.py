@@ -24,13 +24,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from rich.progress import Progress
 
 from configs.load import UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 
 ROOT = Path(__file__).resolve().parent
-TRY_AGAIN = 75  # exit code: sysexits.h's EX_TEMPFAIL
 
 
 def train(cfg, workers, tasks, log):
@@ -50,21 +50,30 @@ def train(cfg, workers, tasks, log):
         batch = ppo.Batch(samples)
         (plan,) = split_plans(cfg, batch, 1, step, "pack", tasks.hidden_size)
 
-        # Values: one forward of the critic, V_old(s_t) for every response token.
-        batch.values = workers.call("values", "learn", "critic", "forward", batch, plan)[0]
+        # Only for several policy updates or a penalty: what the policy and its base model think of the responses.
         if cfg.kl_coef or cfg.policy_updates_per_step > 1:
             batch.old_logprobs = workers.call("old_logprobs", "learn", "policy", "forward", batch, plan)[0]
         if cfg.kl_coef:
             batch.ref_logprobs = workers.call("ref_logprobs", "learn", "reference", "forward", batch, plan)[0]
 
-        # Advantages: GAE per response, normalised over all tokens of the batch.
-        rewards = ppo.token_rewards(batch, cfg.kl_coef)
-        advantages, batch.returns = ppo.gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
-        batch.advantages = ppo.normalise(advantages)
+        # None where there is one update, and the ratio 1.
+        metrics = dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
+        if cfg.advantage == "group":
+            batch.advantages = ppo.group_advantages(batch, cfg.samples_per_prompt)
+        else:
+            # Values: one forward of the critic, V_old(s_t) for every response token.
+            batch.values = workers.call("values", "learn", "critic", "forward", batch, plan)[0]
 
-        # Critic: each sample once, split at random into critic_updates_per_step updates.
-        plans = split_plans(cfg, batch, cfg.critic_updates_per_step, step, "critic", tasks.hidden_size)
-        metrics = workers.call("critic", "learn", "critic", "update", batch, plans)[0]
+            # Advantages: GAE per response, normalised over all tokens of the batch.
+            rewards = ppo.token_rewards(batch, cfg.kl_coef)
+            unscaled, batch.returns = ppo.gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
+            batch.advantages = ppo.normalise(unscaled)
+            unexplained, variance = (batch.returns - batch.values).var(), batch.returns.var()
+            metrics["explained_var"] = float(1 - unexplained / variance) if variance > 0 else None
+
+            # Critic: each sample once, split at random into critic_updates_per_step updates.
+            plans = split_plans(cfg, batch, cfg.critic_updates_per_step, step, "critic", tasks.hidden_size)
+            metrics |= workers.call("critic", "learn", "critic", "update", batch, plans)[0]
 
         # Policy: one update on everything, strictly on-policy; more updates take a part each.
         plans = split_plans(cfg, batch, cfg.policy_updates_per_step, step, "policy", tasks.hidden_size)
@@ -73,9 +82,10 @@ def train(cfg, workers, tasks, log):
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         workers.call("sync", "sync")
 
+        metrics |= {"reward": float(batch.rewards.mean()), "tokens": int(batch.lengths.sum())}
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
-        log.step({"step": step} | sample_metrics(samples, batch) | metrics | workers.timings())
+        log.step({"step": step} | response_metrics(samples) | metrics | workers.timings())
         log.samples(f"step_{step}", prompts, samples)
         if "eval" in metrics:
             log.curves()
@@ -93,16 +103,22 @@ def evaluate(cfg, workers, tasks, log, step):
         samples = workers.generate("eval", prompts, cfg.eval_samples, step)
         rewards = np.array([s.reward for s in samples]).reshape(len(prompts), cfg.eval_samples)
         accuracy = rewards.mean(1)  # per question
-        results[name] = {
-            "accuracy": float(accuracy.mean()),
-            "accuracy_stderr": float(accuracy.std() / max(1, len(prompts) - 1) ** 0.5),
-            "response_tokens": float(np.mean([len(s.response_ids) for s in samples])),
-            "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
-        }
+        error = accuracy.std() / max(1, len(prompts) - 1) ** 0.5
+        results[name] = {"accuracy": float(accuracy.mean()), "accuracy_stderr": float(error)}
+        results[name] |= response_metrics(samples)
         log.samples(f"eval_{name}_{step}", prompts, samples)
-        for sample in samples[: 2 * cfg.eval_samples : cfg.eval_samples]:
-            log.show(prompts, sample)
+        for prompt, sample in zip(prompts[:2], samples[:: cfg.eval_samples]):
+            log.show(prompt.question, sample)
     return results
+
+
+def response_metrics(samples):
+    """What responses were like; None for the length of those that do not exist."""
+    rewards, lengths = np.array([[s.reward, len(s.response_ids)] for s in samples]).T
+    metrics = {name: float(np.mean([s.stats[name] for s in samples])) for name in samples[0].stats}
+    for part, which in (("", rewards >= 0), ("_right", rewards > 0), ("_wrong", rewards == 0)):
+        metrics["response_tokens" + part] = float(lengths[which].mean()) if which.any() else None
+    return metrics | {"cut_off": float(np.mean([s.finish_reason == "length" for s in samples]))}
 
 
 def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
@@ -121,33 +137,16 @@ def rng_for(*parts):
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in parts])
 
 
-def sample_metrics(samples, batch):
-    """What the responses of a step were like, and None for what does not exist where one update makes the ratio 1."""
-    right, variance = batch.rewards > 0, batch.returns.var()
-    metrics = dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
-    metrics |= {name: float(np.mean([s.stats[name] for s in samples])) for name in samples[0].stats}
-    return metrics | {
-        "reward": float(batch.rewards.mean()),
-        "response_tokens": float(batch.response_lens.mean()),
-        "response_tokens_right": float(batch.response_lens[right].mean()) if right.any() else None,
-        "response_tokens_wrong": float(batch.response_lens[~right].mean()) if not right.all() else None,
-        "cut_off": float(np.mean([s.finish_reason == "length" for s in samples])),
-        "explained_var": float(1 - (batch.returns - batch.values).var() / variance) if variance > 0 else None,
-        "tokens": int(batch.lengths.sum()),
-    }
+def trained(cfg):
+    """The networks that learn, and the folders they start from."""
+    return {"policy": cfg.model} | ({"critic": cfg.critic_model} if cfg.advantage == "gae" else {})
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
 
 
-TRAINED = ("policy", "critic")
-INTERRUPTIBLE = (
-    "generate",
-    "eval",
-    "values",
-    "old_logprobs",
-    "ref_logprobs",
-)  # they leave the networks as they are
+# Phases that leave the networks as they are
+INTERRUPTIBLE = ("generate", "eval", "values", "old_logprobs", "ref_logprobs")
 
 
 class Worker:
@@ -190,13 +189,8 @@ class Worker:
         # gloo does as well as this one, which would be compiled at its first use
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        kinds = {"policy": cfg.model, "critic": cfg.critic_model or cfg.model}
-        if cfg.kl_coef:
-            kinds["reference"] = cfg.model
-        self.learners = {}
-        for kind, path in kinds.items():
-            self.learners[kind] = ppo.Learner(kind, cfg, path, device, dtype)
-            self.learners[kind].offload()
+        kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
+        self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
         if self.rank % cfg.tensor_parallel == 0:
@@ -270,10 +264,9 @@ class Workers:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
         cfg, ray = self.cfg, self.ray
-        for stale in Path("/dev/shm").glob(
-            "*cpushm*"
-        ):  # vLLM's; a killed engine leaves it, and the next one fails
-            stale.unlink(missing_ok=True)  # a living one has it mapped
+        # vLLM's; a killed engine leaves them, and the next one would fail; a living one has its own mapped
+        for stale in Path("/dev/shm").glob("*cpushm*"):
+            stale.unlink(missing_ok=True)
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
         what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
         group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
@@ -289,10 +282,10 @@ class Workers:
             self.handles.append(actor.options(**share).remote(cfg, rank, str(self.log.dir / "logs")))
         address = ray.get(self.handles[0].address.remote())
         self.num_parameters = self.call("setup", "setup", *address)[0]
-        saved = checkpoints(self.log.dir)
+        saved = checkpoints(cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
-            for kind in TRAINED:
+            for kind in trained(cfg):
                 self.call("load", "learn", kind, "load", saved[self.step], self.step)
             self.call("sync", "sync")
         self.seconds = {}
@@ -314,7 +307,8 @@ class Workers:
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
         start, longest = time.monotonic(), self.longest.get(phase, 0.0)
         limit = self.cfg.phase_timeout or max(600.0, 10 * longest)
-        with self.log.progress(phase, longest) as show:
+        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(phase, total=longest or None)  # of the longest so far
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
                 try:
@@ -323,7 +317,7 @@ class Workers:
                     time.sleep(3)  # or did it fail because another one is dying?
                     self.watch("address")
                     raise
-                show(time.monotonic() - start)
+                bar.update(task, completed=time.monotonic() - start)
                 if self.stop_signal and phase in INTERRUPTIBLE:
                     self.watch("interrupt")
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
@@ -363,17 +357,18 @@ class Workers:
             raise OSError(f"a checkpoint takes {size:,} bytes, but {self.log.dir} has {free:,} left")
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         os.makedirs(f"{folder}.tmp")
-        for kind in TRAINED:
+        for kind in trained(self.cfg):
             self.call("save", "learn", kind, "save", f"{folder}.tmp")
+        shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()
         os.rename(f"{folder}.tmp", folder)
-        saved = checkpoints(self.log.dir)
+        saved = checkpoints(self.cfg)
         for step in {*sorted(saved)[: -self.cfg.keep_checkpoints]} - {self.log.best(saved)}:
             shutil.rmtree(saved[step])
 
     def export(self, tokenizer, suffix=""):
         """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
-        for kind in TRAINED:
+        for kind in trained(self.cfg):
             folder = f"{self.log.dir}/{kind}{suffix}"
             self.call("export", "learn", kind, "export", f"{folder}.tmp")
             tokenizer.save_pretrained(f"{folder}.tmp")
@@ -388,9 +383,10 @@ class Workers:
         self.stop_signal = signal.Signals(signum).name
 
 
-def checkpoints(folder):
+def checkpoints(cfg):
     """The whole checkpoints of a run, step → folder."""
-    return {int(path.name[5:]): str(path) for path in folder.glob("checkpoints/step_*[0-9]")}
+    found = Path(cfg.out_dir, cfg.name).glob("checkpoints/step_*[0-9]")
+    return {int(path.name[5:]): str(path) for path in found}
 
 
 class Stopped(Exception):
@@ -402,7 +398,6 @@ def worker_env(cfg, on_gpu):
     env = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
     }
@@ -458,9 +453,7 @@ def run(cfg):
             workers.start()
             log.cut(workers.step)
             log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers, {log.dir}")
-            log.say(
-                f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} responses, from step {workers.step + 1}"
-            )
+            log.say(f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} samples from step {workers.step + 1}")
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
             end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
@@ -476,12 +469,20 @@ def run(cfg):
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
         log.say(f"error: {type(cause).__name__}: {str(cause).splitlines()[0]} (see {log.dir}/error.txt)")
-        # A death or a time limit is no fault of the run's: supervise.py gives the same command again.
-        return TRY_AGAIN if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
+        return os.EX_TEMPFAIL if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:
         log.close()
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
+
+
+def start_again(cfg):
+    """After a death: this command anew in this process, from the newest checkpoint. Never twice from the same one."""
+    failed_at, step = os.environ.get("FAILED_AT", "").split(), max(checkpoints(cfg), default=0)
+    if str(step) not in failed_at and len(failed_at) < cfg.max_restarts:
+        print(f"restart {len(failed_at) + 1} of {cfg.max_restarts}, from step {step}", flush=True)
+        os.environ["FAILED_AT"] = " ".join([*failed_at, str(step)])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(argv):
@@ -492,7 +493,9 @@ def main(argv):
 
             print(plan.describe(cfg))
             return 0
-        return run(cfg)
+        if (code := run(cfg)) == os.EX_TEMPFAIL:
+            start_again(cfg)
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

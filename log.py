@@ -6,6 +6,7 @@ Out:  files in the run's folder out_dir/NAME, which is made here; one line per s
 
 import contextlib
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,11 +17,18 @@ from pathlib import Path
 
 from configs.load import UserError
 
+# What a policy that has stopped learning looks like; the numbers of a step that make it so.
+COLLAPSE = {
+    "entropy near zero": lambda m: m.get("entropy", 1.0) < 0.002,
+    "all rewards equal": lambda m: m.get("reward") in (0.0, 1.0),
+    "responses at the length limit": lambda m: m.get("cut_off", 0.0) > 0.5,
+}
 LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
 
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
-MAY_CHANGE = """steps policy_lr critic_lr eval_every eval_samples eval_data save_every keep_checkpoints drift_limit
-    phase_timeout grader_processes gpu_memory_utilization wandb out_dir name""".split()
+MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
+    keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout grader_processes gpu_memory_utilization wandb
+    out_dir name versions""".split()
 
 
 class Log:
@@ -31,6 +39,7 @@ class Log:
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise UserError("wandb=True, but wandb is not installed: pip install wandb, or leave it out")
         config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
+        settings["versions"] = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
         try:
             found = {*os.listdir(self.dir)} if self.dir.exists() else set()
             if "config.json" not in found and found - {"samples", "config.tmp"}:
@@ -108,21 +117,10 @@ class Log:
                 del row["logprobs"], row["text"]
                 file.write(json.dumps(row, default=lambda ids: ids.tolist()) + "\n")
 
-    def show(self, prompts, sample):
+    def show(self, question, sample):
         """One response on the terminal."""
-        question = prompts[sample.question].question
         self.say(f"  question: {question.question}\n  response: {sample.text[:2000]}")
         self.say(f"  reward:   {sample.reward:.0f} ({sample.finish_reason}; the answer is {question.answer})")
-
-    @contextlib.contextmanager
-    def progress(self, phase, longest):
-        """A bar while a phase is at work, on an interactive terminal: yields show(seconds), of the longest so far."""
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(phase, total=longest or None)
-            yield lambda seconds: bar.update(task, completed=seconds)
 
     def curves(self):
         """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
@@ -140,6 +138,7 @@ def step_line(metrics):
     shown |= {name: metrics[name] for name in LINE if metrics.get(name) is not None}
     parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
     parts += [f"{phase} {value:.1f}s" for phase, value in metrics["seconds"].items() if value >= 0.05]
+    parts += [f"COLLAPSE? {name}" for name, seen in COLLAPSE.items() if seen(metrics)]
     return "  ".join([f"step {metrics['step']}", *parts])
 
 

@@ -38,10 +38,8 @@ def packed_attention(_, query, key, value, mask, scaling, cu_seqlens, max_seqlen
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
-        how["window_size"] = (
-            sliding_window - 1 if sliding_window else -1,
-            0,
-        )  # tokens seen to the left and right
+        # tokens seen to the left and to the right
+        how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
         spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return varlen_attn(query, key, value, *spans, **how)[None], None
 
@@ -57,9 +55,8 @@ def packed_attention(_, query, key, value, mask, scaling, cu_seqlens, max_seqlen
     mask = None
     if sliding_window is not None and sliding_window < max_seqlen:
         mask = torch.ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - sliding_window)  # [L, L]
-    out = F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, **how
-    )  # [B, A, L, D]
+    # [B, A, L, D]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **how)
     return out.transpose(1, 2)[real][None], None  # [1, T, A, D]
 
 
@@ -122,14 +119,10 @@ class Critic(nn.Module):
 
 def hidden_states(backbone, pack):
     """The last hidden states at `positions`, [N, H]: the head runs on response tokens only."""
-    hidden = backbone(
-        input_ids=pack["input_ids"][None],  # [1, T]
-        position_ids=pack["position_ids"][None],
-        cu_seqlens=pack["cu_seqlens"],
-        max_seqlen=pack["max_seqlen"],
-        use_cache=False,
-    ).last_hidden_state[0]  # [T, H]
-    return hidden[pack["positions"]]
+    ids, positions = pack["input_ids"][None], pack["position_ids"][None]  # [1, T]
+    spans = {"cu_seqlens": pack["cu_seqlens"], "max_seqlen": pack["max_seqlen"]}
+    out = backbone(input_ids=ids, position_ids=positions, use_cache=False, **spans)
+    return out.last_hidden_state[0][pack["positions"]]  # [N, H]
 
 
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------

@@ -179,6 +179,14 @@ def normalise(advantages):
     return ((wide - wide.mean()) / (wide.std() + 1e-8)).astype(np.float32)
 
 
+def group_advantages(batch, size):
+    """GRPO's (arXiv 2402.03300, section 4.1.2): the reward against those of the other `size` samples of its question, in
+    their standard deviations, at every token. The samples stand in the order of their questions; fp32 [N]."""
+    groups = batch.rewards.reshape(-1, size)  # [B / size, size]
+    relative = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-6)
+    return np.repeat(relative.ravel(), batch.response_lens)
+
+
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio."""
     ratio = (logprobs - old_logprobs).exp()  # [N]
@@ -224,6 +232,7 @@ class Learner:
         network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
         del partition_while_loading
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
+        self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
         optimizer = None
         if self.lr is not None:
             how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
@@ -231,6 +240,7 @@ class Learner:
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
         self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.offload()
 
     @torch.no_grad()
     def forward(self, batch, plan):
@@ -256,15 +266,24 @@ class Learner:
         for plan in plans:
             metrics, grad_norm = self.accumulate(batch, plan), np.inf
             self.updates += 1
+            done = min(1.0, self.updates / max(1, self.cfg.lr_decay_steps))
+            lr = self.lr + done * (self.final_lr - self.lr)
             for group in self.engine.optimizer.param_groups:
-                group["lr"] = self.lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
+                group["lr"] = lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
             if np.isfinite(list(metrics.values())).all():
                 self.engine.step()  # DeepSpeed leaves out an update whose gradient is not finite
                 grad_norm = float(self.engine.get_global_grad_norm())
             if not np.isfinite(grad_norm):
                 self.engine.optimizer._overflow_clean_up(None)  # forgets the gradients
-                raise FloatingPointError(f"the {self.kind} update was not finite, nor applied: {metrics}")
-            metrics |= {f"grad_norm_{self.kind}": [grad_norm, 1], f"lr_{self.kind}": [group["lr"], 1]}
+                path = f"{self.cfg.out_dir}/{self.cfg.name}/nonfinite_{self.kind}_{self.updates}.npz"
+                if self.rank == 0:
+                    np.savez(path, **vars(batch))
+                if self.cfg.on_nonfinite == "stop":
+                    raise FloatingPointError(f"{self.kind} update not finite, left out; its data: {path}")
+                metrics = {f"skipped_{self.kind}": [1, 1]}
+            else:
+                metrics |= {f"grad_norm_{self.kind}": [grad_norm, 1], f"lr_{self.kind}": [group["lr"], 1]}
+                metrics[f"skipped_{self.kind}"] = [0, 1]
             for name, total_and_count in metrics.items():
                 sums[name] += total_and_count
         means = {name: float(total / count) if count else None for name, (total, count) in sums.items()}
@@ -296,9 +315,10 @@ class Learner:
             metrics["drift_max"] = [float(drift_max), 1]
             total, count = metrics["drift_mean"]
             if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
-                apart = f"{total / count:.2g} > {self.drift_limit:.2g} apart in log-probs of the same tokens"
-                causes = "stale weights in vLLM, another dtype, temperature or prompt template"
-                raise DriftError(f"vLLM and the policy are {apart}: {causes}")
+                gap = f"log-probs {total / count:.2g} > {self.drift_limit:.2g} apart"
+                raise DriftError(
+                    f"vLLM and policy, {gap}: stale weights in vLLM, or another dtype or template"
+                )
         return metrics
 
     def policy_terms(self, batch, indices):
@@ -333,9 +353,8 @@ class Learner:
         import deepspeed
 
         parameters = list(self.network.named_parameters())
-        for i in range(
-            0, len(parameters), 16
-        ):  # a layer or two, 1 GB in a 32B model; one by one costs ten times more
+        # 16 are a layer or two, 1 GB in a 32B model; one by one costs ten times more
+        for i in range(0, len(parameters), 16):
             bucket = parameters[i : i + 16]
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 yield from ((name.removeprefix("hf."), p.data) for name, p in bucket)
@@ -353,13 +372,9 @@ class Learner:
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         if self.device.type == "cuda" and self.lr is not None:
-            parts = {
-                State.lp_grads,
-                State.contiguous_grad_buffer,
-                *([] if keep_weights else [State.lp_params]),
-            }
+            gradients = {State.lp_grads, State.contiguous_grad_buffer}
             self.move_optimizer("cpu")
-            self.engine.offload_states(include=parts)
+            self.engine.offload_states(include=gradients | ({State.lp_params} if not keep_weights else set()))
             torch.cuda.empty_cache()
 
     def onload(self):
@@ -383,10 +398,9 @@ class Learner:
                 yield f"{i}.{name}", tensor
 
     def save(self, folder):
-        path = f"{folder}/{self.kind}_{self.rank}.safetensors"
-        save_file({name: tensor.detach().cpu() for name, tensor in self.optimizer_state()}, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        state = {name: tensor.detach().cpu() for name, tensor in self.optimizer_state()}
+        save_file(state, f"{folder}/{self.kind}_{self.rank}.safetensors")
+        os.sync()
 
     def load(self, folder, step):
         """Become what was saved after `step`."""

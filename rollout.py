@@ -42,8 +42,6 @@ class Rollout:
             enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
             generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
-            seed=cfg.seed,
-            disable_log_stats=True,
         )
         torch.set_rng_state(rng)
         self.engine = self.llm.llm_engine

@@ -22,6 +22,7 @@ name = ""  # of that folder; "" = the config file's name ["/" not in x and x not
 seed = 1  # everything random derives from it and the step number [0 <= x < 2**32]
 steps = 1000  # training steps; one step = one batch of questions [x > 0]
 wandb = False  # also log to Weights & Biases, if it is installed
+debug = False  # shrink the run to minutes on whatever is there: configs/debug.py comes after the config
 dry_run = False  # print the settings and the derived numbers, and stop
 
 # ---- Machines ----------------------------------------------------------------------------------------------
@@ -46,16 +47,20 @@ stop = ["User:", "Human:", "Assistant:", "</answer>"]  # end a response and stay
 max_tokens_per_pack = 16384  # whole sequences laid end to end [x >= max_prompt_tokens + max_response_tokens]
 policy_lr = 1e-6  # AdamW, no weight decay (ORZ) [0 <= x < 1]
 critic_lr = 5e-6  # (ORZ) [0 <= x < 1]
+policy_lr_final = 3e-7  # where its rate ends if lr_decay_steps is set (ORZ-32B's second stage) [0 <= x < 1]
+lr_decay_steps = 0  # policy updates until then, linearly; 0 = constant (ORZ) [x >= 0]
 adam_betas = [0.9, 0.95]  # decay of Adam's two averages (ORZ) [len(x) == 2 and 0 <= min(x) <= max(x) < 1]
 warmup_steps = 50  # of each learner's updates; number n uses n / warmup_steps of the rate (ORZ) [x >= 0]
+advantage = "gae"  # with a critic; or "group": GRPO, without one [x in ("gae", "group")]
 policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [0 < x <= prompts_per_step * samples_per_prompt]
 critic_updates_per_step = 12  # on a twelfth each (ORZ) [0 < x <= prompts_per_step * samples_per_prompt]
 clip_eps = 0.2  # PPO's ε, for both sides of the ratio (ORZ) [0 < x < 1]
 value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
 gamma = 1.0  # discount per token (ORZ) [0 <= x <= 1]
 lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
-kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
+kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0 and (x == 0 or advantage == "gae")]
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
+on_nonfinite = "stop"  # or "skip", where an update is not finite and left out [x in ("stop", "skip")]
 drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0 and top_p == 1]
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
@@ -64,4 +69,5 @@ eval_samples = 16  # responses per held-out question: accuracy is their mean (OR
 eval_temperature = 1.0  # (ORZ) [0 < x <= 100]
 eval_top_p = 1.0  # (ORZ) [0 < x <= 1]
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
+max_restarts = 100  # after the death of a machine or process, from the newest checkpoint [x >= 0]
 keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -32,14 +32,15 @@ def load(argv):
         raise UserError("the config file comes first: python launch.py CONFIG --key=value …, or --help")
     base = read_file(BASE)
     settings = dict(base)
-    for key, value in read_file(argv[0]).items():
-        settings[key] = checked(key, value, base, argv[0])
+    for path in [argv[0]] + [ROOT / "configs/debug.py"] * ("--debug=True" in argv):
+        for key, value in read_file(path).items():
+            settings[key] = checked(key, value, base, path)
     for argument in argv[1:]:
         key, equals, text = argument.removeprefix("--").partition("=")  # key=a=b splits at the first
         if not argument.startswith("--") or not equals:
             raise UserError(f"command line: {argument!r} is not of the form --key=value")
         settings[key] = checked(key, parse(text, base.get(key)), base, "command line")
-    settings["name"] = settings["name"] or Path(argv[0]).stem
+    settings["name"] = settings["name"] or Path(argv[0]).stem + "_debug" * settings["debug"]
     check_rules(settings)
     for key in ("model", "critic_model", "train_data", "eval_data"):
         settings[key] = find(settings[key])

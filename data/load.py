@@ -82,17 +82,19 @@ def to_question(item, place):
     return Question(question, answer, choices)
 
 
-def render(question, tokenizer, template):
-    """The prompt as text: the template, after the tokenizer's begin token where it has one, as ORZ does."""
+def chat_template(tokenizer, template):
+    """The prompt template as the tokenizer's own, exported with it: after its begin token where it has one, as ORZ does."""
     if template == "chat":
-        chat = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return (tokenizer.bos_token or "") + template.replace("{question}", question)  # it may be full of braces
+        return tokenizer.chat_template
+    parts = ((tokenizer.bos_token or "") + template).split("{question}")
+    literals = [json.dumps(part, ensure_ascii=False) for part in parts]
+    return "{{ " + " + messages[-1]['content'] + ".join(literals) + " }}"
 
 
-def encode_prompts(questions, tokenizer, template, max_prompt_tokens):
+def encode_prompts(questions, tokenizer, max_prompt_tokens):
     """The questions as Prompts, and how many were dropped for being longer than max_prompt_tokens."""
-    texts = [render(question.question, tokenizer, template) for question in questions]
+    chats = [[{"role": "user", "content": question.question}] for question in questions]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # Without special tokens: some tokenizers would begin a second time, some would end the prompt with an end token.
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prompts = [Prompt(np.array(ids, np.int32), question) for ids, question in zip(rows, questions)]
@@ -134,9 +136,10 @@ def read_tasks(cfg, data, log):
         raise UserError(f"{cfg.model}: its tokenizer names no end token (eos_token): no response could end")
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
+    tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     kept = {}
     for path, questions in data.items():
-        kept[path], dropped = encode_prompts(questions, tokenizer, cfg.prompt_template, cfg.max_prompt_tokens)
+        kept[path], dropped = encode_prompts(questions, tokenizer, cfg.max_prompt_tokens)
         report = f"{path}: {dropped} of {len(questions)} prompts are over max_prompt_tokens={cfg.max_prompt_tokens}"
         if not kept[path]:
             raise UserError(f"{report}: raise it")

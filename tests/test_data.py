@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.load import BASE, ROOT, UserError, read_file
-from data.load import Question, encode_prompts, load_questions, read_tasks, step_questions
+from data.load import Question, chat_template, encode_prompts, load_questions, read_tasks, step_questions
 
 ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
 ORZ_FILES = {  # file → questions in it
@@ -165,7 +165,8 @@ def test_prompt_is_the_template_after_one_begin_token(tokenizer):
     ]  # as said
     template = read_file(BASE)["prompt_template"]
     question = Question("What is {x} in $\\frac{1}{2}$, {question}, {0}, %s?", "1")
-    (prompt,), dropped = encode_prompts([question], tokenizer, template, 2048)
+    tokenizer.chat_template = chat_template(tokenizer, template)
+    (prompt,), dropped = encode_prompts([question], tokenizer, 2048)
     before, after = template.split("{question}")
     assert tokenizer.decode(prompt.ids) == "<s>" + before + question.question + after
     assert dropped == 0 and prompt.question is question and prompt.ids.dtype == np.int32
@@ -175,16 +176,35 @@ def test_prompt_is_the_template_after_one_begin_token(tokenizer):
 def test_chat_prompt_is_the_models_own(tokenizer):
     """The chat template writes the begin token, and the tokenizer puts another before it."""
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[you]{% endif %}"
-    (prompt,), _ = encode_prompts([Question("a{b}", "1")], tokenizer, "chat", 2048)
+    assert chat_template(tokenizer, "chat") == tokenizer.chat_template
+    (prompt,), _ = encode_prompts([Question("a{b}", "1")], tokenizer, 2048)
     assert tokenizer.decode(prompt.ids) == "<s>[user]a{b}[you]"
-    tokenizer.chat_template = None
+
+
+TEMPLATES = [
+    "{question}",
+    "A\n{question}\n",
+    "{{ x }} {%% if %%} \"q\" '{question}' \\n \\boxed{} é 𝔸 \t#} {#",
+    "  {question}  ",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("question", ["1+1?", "{{ messages }} {% endif %}\n", "<b>&amp; 'é' \U0001d538"])
+def test_any_template_becomes_a_chat_template(tokenizer, template, question):
+    """Jinja runs a part of the template or of a question, trims a newline, or escapes a sign."""
+    tokenizer.chat_template = chat_template(tokenizer, template)
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == "<s>" + template.replace("{question}", question)
 
 
 def test_longest_prompt_is_kept_and_one_token_more_is_dropped(tokenizer):
     """Off by one, and the longest prompt no longer fits the engine; or a question is dropped with its neighbour's
     answer kept."""
     questions = [Question("x" * length, str(length)) for length in (5, 7, 3, 6)]
-    prompts, dropped = encode_prompts(questions, tokenizer, "{question}!", 8)  # begin token + question + "!"
+    tokenizer.chat_template = chat_template(tokenizer, "{question}!")
+    prompts, dropped = encode_prompts(questions, tokenizer, 8)  # begin token + question + "!"
     assert dropped == 1 and [len(prompt.ids) for prompt in prompts] == [7, 5, 8]
     assert [prompt.question for prompt in prompts] == [questions[0], questions[2], questions[3]]
 

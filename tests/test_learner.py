@@ -116,6 +116,11 @@ def learner_checks(path, batch):
             results[f"{kind} halved"] = updated(kind, plans, max_grad_norm=CLIP)
 
     results["warm-up"] = updated("policy", whole * 6, warmup_steps=4, drift_limit=-1.0)
+    decay = {"lr_decay_steps": 4, "policy_lr_final": 1e-4, "drift_limit": -1.0}
+    results["decay"] = (
+        updated("policy", whole * 6, **decay),
+        updated("critic", mini_batches(world_size)[:2], **decay),
+    )
     results["first of warm-up"] = updated("policy", whole, warmup_steps=4)
     results["moved"] = updated("critic", mini_batches(world_size), move_away_and_back, max_grad_norm=CLIP)
 
@@ -137,7 +142,7 @@ def learner_checks(path, batch):
         ("infinite gradient", None, FloatingPointError),
         ("drift", "logprobs", ppo.DriftError),
     ):
-        spoilt = learner("policy", max_grad_norm=CLIP)
+        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")  # this call's own folder
         before, good = weights(spoilt), getattr(batch, field or "logprobs")
         bad = good.copy()
         if field:
@@ -147,11 +152,21 @@ def learner_checks(path, batch):
             with mock.patch.object(ppo.Learner, "policy_terms", terms):
                 spoilt.update(batch, whole)
         unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
-        change = None
-        if error is FloatingPointError:  # skipped: the next update must know nothing of it
+        change, means, saved = None, None, None
+        if (
+            error is FloatingPointError
+        ):  # left out: the next update must know nothing of it, nor of one that is skipped
+            spoilt.cfg.on_nonfinite = "skip"
+            with mock.patch.object(batch, field or "logprobs", bad):
+                with mock.patch.object(ppo.Learner, "policy_terms", terms):
+                    means = spoilt.update(batch, whole)
+            unchanged &= all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
             spoilt.update(batch, whole)
             change = {key: tensor - before[key] for key, tensor in weights(spoilt).items()}
-        results[name] = str(caught.value), unchanged, change
+            torch.distributed.barrier()
+            saved = dict(np.load("nonfinite_policy_1.npz"))
+            saved = (saved.pop(field) if field else bad, bad, saved["tokens"], batch.tokens)
+        results[name] = str(caught.value), unchanged, change, means, saved
 
     # Saved after two updates and loaded by another Learner, which is then the same to the last bit.
     for kind in ("policy", "critic"):
@@ -324,6 +339,16 @@ def test_warm_up(checks):
     assert differences({name: 4 * change for name, change in first.items()}, full)[0] < 1e-3
 
 
+def test_decay(checks):
+    """The rate falls by steps that are not updates, below its end, or the critic's with the policy's."""
+    policy, critic = (
+        [row[f"lr_{kind}"] for row in rows]
+        for kind, (_, rows) in zip(("policy", "critic"), checks[0]["decay"])
+    )
+    assert policy == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4, 1e-4, 1e-4, 1e-4])
+    assert critic == pytest.approx([1e-3, 1e-3])
+
+
 def test_moving_the_optimizer_changes_nothing(checks):
     """Moments that stay behind, or fp32 weights of which DeepSpeed keeps another view."""
     moved, still = checks[0]["moved"], checks[0]["critic", CLIP]
@@ -349,10 +374,13 @@ def test_bad_numbers_stop_every_rank_before_the_update(checks):
     was skipped adds its gradient to the leftovers."""
     for rank in checks:
         for name in ("not finite", "infinite gradient"):
-            message, unchanged, change = rank[name]
-            assert "not finite" in message and unchanged
+            message, unchanged, change, means, saved = rank[name]
+            assert "not finite" in message and "nonfinite_policy_1.npz" in message and unchanged
             assert same_update(change, rank["policy", CLIP][0])
-        message, unchanged, _ = rank["drift"]
+            assert means["skipped_policy"] == 1.0 and np.isfinite(means["update_kl"])
+            assert np.array_equal(saved[0], saved[1], equal_nan=True) and np.array_equal(saved[2], saved[3])
+            assert rank["policy", CLIP][1][0]["skipped_policy"] == 0.0
+        message, unchanged, *_ = rank["drift"]
         assert "stale weights" in message and unchanged
 
 

@@ -183,7 +183,7 @@ def test_samples_keep_every_character(run):
 
 def test_terminal_is_safe(run, capsys):
     """A response clears the screen, renames the window, or reverses the line, and hides what was there."""
-    run.show(PROMPTS, sample(NASTY))
+    run.show(PROMPTS[1].question, sample(NASTY))
     shown = capsys.readouterr().out
     assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "the answer is 7" in shown
     assert all(character == "\n" or character.isprintable() for character in shown)
@@ -200,17 +200,20 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
     assert terminal.buffer.getvalue() == b"\\u03b5\n"
 
 
-def test_progress_only_where_someone_looks(run, monkeypatch):
-    """A log file of a batch system fills with redrawn bars."""
-    errors = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", errors)
-    with run.progress("generate", 10.0) as show:
-        show(4.0)
-    assert errors.getvalue() == ""
-    errors.isatty = lambda: True
-    with run.progress("generate", 10.0) as show:
-        show(4.0)
-    assert "generate" in errors.getvalue() and "40%" in errors.getvalue()
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({}, None),
+        ({"entropy": 1e-3}, "entropy near zero"),
+        ({"reward": 0.0}, "all rewards equal"),
+        ({"reward": 1.0}, "all rewards equal"),
+        ({"cut_off": 0.7}, "responses at the length limit"),
+    ],
+)
+def test_collapse_is_called_by_name(change, name):
+    """A policy that says one thing for ever looks like any other line of numbers."""
+    line = step_line(METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
+    assert ("COLLAPSE? " + name in line) if name else ("COLLAPSE" not in line)
 
 
 # ---- The folder ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The formulas of ppo.py against themselves written as plain loops, and packing against its promises. torch only."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,3 +282,20 @@ def test_batch_finds_each_response():
         [-11.0, -12.0, -13.0],
     ]
     assert batch.right.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_group_advantages_against_loops():
+    """GRPO with ORZ's defect (divided by True), with groups mixed up, or with the mean over all questions."""
+    rng = np.random.default_rng(3)
+    rewards, lens = rng.integers(0, 2, 12).astype(np.float32), rng.integers(1, 6, 12)
+    rewards[4:8] = 1.0  # a group that agrees teaches nothing
+    batch = SimpleNamespace(rewards=rewards, response_lens=lens)
+    expected = []
+    for i in range(12):
+        group = [float(rewards[j]) for j in range(12) if j // 4 == i // 4]
+        mean = sum(group) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 4)
+        expected += [(float(rewards[i]) - mean) / (std + 1e-6)] * int(lens[i])
+    advantages = ppo.group_advantages(batch, 4)
+    assert advantages.dtype == np.float32
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,9 @@ from data import prepare
 from data.load import load_questions
 
 ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "load"))
+CONFIGS = sorted(
+    p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "load", "debug")
+)
 ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
 
 # The paper's numbers (arXiv 2503.24290, section 2.3 and appendix B; playground/ for the lengths and the clipping).
@@ -55,8 +57,11 @@ SIZES = {  # config → model, GPUs, tensor parallel, steps, training files, tok
     "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"], 16384),
     "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
     "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"], 16384),
+    "orz_7b_grpo": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
+    "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"], 16384),
     "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"], 16384),
 }
+OTHERS = {"orz_32b_anneal": {"critic_model": "runs/orz_32b/critic", "warmup_steps": 0}}
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------
@@ -71,7 +76,9 @@ def test_every_size_is_in_the_table():
 def test_config_is_orz(name):
     """A number of the recipe is changed for one size, or drifts in base.py; or a file name is none that is fetched."""
     cfg = load([str(ROOT / "configs" / f"{name}.py")])
-    assert {key: getattr(cfg, key) for key in RECIPE} == RECIPE
+    assert {key: getattr(cfg, key) for key in RECIPE} == RECIPE | OTHERS.get(name, {})
+    assert (cfg.advantage, cfg.policy_lr_final) == ("group" if "grpo" in name else "gae", 3e-7)
+    assert cfg.lr_decay_steps == (100 if "anneal" in name else 0)
     model, workers, tensor_parallel, steps, training, pack = SIZES[name]
     assert (cfg.model, cfg.workers, cfg.tensor_parallel) == (model, workers, tensor_parallel)
     assert (cfg.steps, cfg.max_tokens_per_pack, cfg.name) == (steps, pack, name)
@@ -80,7 +87,7 @@ def test_config_is_orz(name):
     assert files == [f"orz_math_{size}.json" for size in training] + held_out
     assert set(files) <= set(prepare.ORZ_FILES)
     assert {str(Path(path).parent)[-8:] for path in cfg.train_data + cfg.eval_data} == {"data/orz"}
-    assert cfg.model in plan.SHAPES
+    assert cfg.model in plan.SHAPES or cfg.model.startswith("runs/")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -88,6 +95,19 @@ def test_config_is_short(path):
     """A config grows until it is base.py with other numbers, and nobody sees what differs."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 40
     load([str(path)])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_debug_shrinks_it(path):
+    """A run of minutes still asks for the GPUs, the model or the data of the long one; or forgets what is studied."""
+    cfg, whole = load([str(path), "--debug=True", "--steps=5"]), load([str(path)])
+    assert (cfg.workers, cfg.tensor_parallel, cfg.steps) == (1, 1, 5)  # the command line comes last
+    assert cfg.model == str(ROOT / "data/tiny") and cfg.name == f"{path.stem}_debug"
+    assert (cfg.advantage, cfg.policy_lr, cfg.lr_decay_steps) == (
+        whole.advantage,
+        whole.policy_lr,
+        whole.lr_decay_steps,
+    )
 
 
 @pytest.mark.parametrize("path", ORZ, ids=lambda path: path.stem)

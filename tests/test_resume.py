@@ -6,6 +6,7 @@ All runs here are the same six steps of the demo on two Workers, with a checkpoi
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,15 +82,34 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, sig
     check_same(tmp_path / "a", undisturbed)
     saved = {path.name for path in (tmp_path / "a/checkpoints").iterdir()}
     assert {"step_5", "step_6"} <= saved and len(saved) <= 3  # the newest two, and the best
+
+
+@pytest.mark.soak
+def test_a_finished_run(tmp_path, undisturbed):
+    """Guards the result: a kept checkpoint is exported as the run itself does it, and the same command changes nothing."""
+    shutil.copytree(undisturbed, tmp_path / "a")
     done = export(tmp_path / "a", STEPS)
     assert done.returncode == 0, done.stdout + done.stderr
     policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
     assert (tmp_path / f"a/policy_step_{STEPS}/model.safetensors").read_bytes() == policy
     done = export(tmp_path / "a", 77)
     assert done.returncode == 2 and "no checkpoint of step 77; there are [" in done.stderr
-    before = weights(tmp_path / "a")
-    code, out, err = run(tmp_path, "--name=a", *RUN)  # finished: nothing more happens to it
-    assert code == 0 and weights(tmp_path / "a") == before and len(metrics(tmp_path / "a")) == STEPS + 1
+    sample = json.loads((tmp_path / "a/samples/step_1.jsonl").read_text().splitlines()[0])
+    command = [sys.executable, "-c", CHAT, str(tmp_path / "a/policy"), sample["question"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU, timeout=DEADLINE)
+    assert json.loads(done.stdout.splitlines()[-1]) == sample["prompt_ids"], done.stdout + done.stderr
+    code, out, err = run(tmp_path, "--name=a", *RUN)
+    assert code == 0 and len(metrics(tmp_path / "a")) == STEPS + 1
+    check_same(tmp_path / "a", undisturbed)
+
+
+CPU = {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+CHAT = """
+import sys, vllm
+llm = vllm.LLM(sys.argv[1], max_model_len=128, enforce_eager=True)
+out = llm.chat([{"role": "user", "content": sys.argv[2]}], vllm.SamplingParams(max_tokens=1))
+print(out[0].prompt_token_ids)
+"""
 
 
 def export(folder, step):
@@ -99,7 +119,7 @@ def export(folder, step):
 
 
 KILLS = """
-import json, os, random, sys, threading, launch, psutil
+import json, random, sys, threading, launch, psutil
 
 todo_file, last = sys.argv[1], 0
 todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun
@@ -131,43 +151,30 @@ sys.exit(launch.main(sys.argv[2:]))
 """
 
 
-# supervise.py, with the program above for launch.py
-SUPERVISED = """
-import sys, supervise
-program, todo_file, *arguments = sys.argv[1:]
-command, popen = None, supervise.subprocess.Popen
-supervise.subprocess.Popen = lambda command: popen([sys.executable, program, todo_file, *arguments])
-sys.exit(supervise.main(arguments))
-"""
-
-
 def run_killed(tmp_path, todo):
-    """A supervised run in which somebody is killed soon after each of these phases has begun; returns what it printed."""
+    """A run in which somebody is killed soon after each of these phases has begun; returns all it printed.
+
+    It starts again by itself; where the driver itself was killed, the same command is given again."""
     (tmp_path / "todo.json").write_text(json.dumps(todo))
     (tmp_path / "killed.py").write_text(KILLS)
-    command = [
-        sys.executable,
-        "-c",
-        SUPERVISED,
-        str(tmp_path / "killed.py"),
-        str(tmp_path / "todo.json"),
-        "configs/tiny.py",
-    ]
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "todo.json"), "configs/tiny.py"]
     command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
-    code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
-    assert code == 0 and json.loads((tmp_path / "todo.json").read_text()) == [], out + err
+    pipe, printed, code = subprocess.PIPE, "", -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+        code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
+        printed += out + err
+    assert code == 0 and json.loads((tmp_path / "todo.json").read_text()) == [], printed
     assert not left_behind(process, tmp_path)
-    return out
+    return printed
 
 
 def test_a_worker_killed_in_every_phase(tmp_path, undisturbed):
     """Guards against a death that hangs the run, ends it, or changes what it learns."""
     phases = ["generate", "critic", "sync", "eval"]
     out = run_killed(tmp_path, [(phase, "worker") for phase in phases])
-    assert out.count("\nrestart ") == len(phases), out
+    assert out.count("\nrestart ") == out.count("\nerror: ActorDiedError") == len(phases), out
     check_same(tmp_path / "a", undisturbed)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from configs.load import ROOT, load
 from data import make_smollm2, make_word_problems
-from data.load import encode_prompts, load_questions, render
+from data.load import chat_template, encode_prompts, load_questions
 from reward import extract_answer, grade
 
 TASK = ROOT / "data" / "word_problems"
@@ -114,17 +114,20 @@ def test_prompts_fit_and_begin_as_the_model_expects(rows):
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     cfg = load([str(ROOT / "configs" / "smollm2_135m.py")])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat.endswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     for name in FILES:
         questions = load_questions(TASK / f"{name}.jsonl")
-        prompts, dropped = encode_prompts(questions, tokenizer, cfg.prompt_template, cfg.max_prompt_tokens)
+        prompts, dropped = encode_prompts(questions, tokenizer, cfg.max_prompt_tokens)
         assert dropped == 0
         text = tokenizer.decode(prompts[0].ids)
         assert text.startswith("<|im_start|>user\n") and text.endswith(questions[0].question)
         # The longest right response in the form of the examples must fit.
         response = f" 12 * 9 = {10**3} <answer>\\boxed{{{10**3}}}</answer>"
         assert len(tokenizer(response)["input_ids"]) <= cfg.max_response_tokens
-    chat = render("Hi?", tokenizer, "chat")
-    assert chat.endswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
 
 
 @needs_model

@@ -1,0 +1,16 @@
+"""GRPO in place of PPO, all else as ORZ-7B: the comparison that ORZ's paper makes. Not run by us.
+
+    python data/prepare.py orz                          once, where every node can read it: the questions
+    ray start --head                                    on the first node; ray start --address=… on the others
+    python launch.py configs/orz_7b_grpo.py             32 GPUs of 80 GB, as orz_7b.py
+
+128 prompts x 64 samples = 8,192 responses a step: 256 for each of 32 vLLM engines. No critic: a response's advantage is
+its reward against the other 63 of its question, in their standard deviations (ORZ's own code divides by True instead).
+ORZ reported no scores for it in a table; it found PPO the more stable of the two.
+"""
+
+model = "Qwen/Qwen2.5-7B"
+train_data = ["data/orz/orz_math_57k.json"]
+eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+workers = 32
+advantage = "group"
