@@ -156,7 +156,13 @@ def measured_run(arguments, between):
     os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
-        fixed = [f"--out_dir={folder}", "--name=run", "--eval_every=-1", "--save_every=-1"]
+        fixed = [
+            f"--out_dir={folder}",
+            "--name=run",
+            "--eval_every=-1",
+            "--save_every=-1",
+            "--max_restarts=0",
+        ]
         if launch.main([*arguments, *fixed]):
             sys.exit(Path(folder, "run/error.txt").read_text())
     return MeasuredWorkers.rows

@@ -96,8 +96,8 @@ def trl_side(settings):
     data = Dataset.from_list([{"prompt": text} for text in settings["prompts"]])
     trainer = GRPOTrainer(settings["model"], reward, args=config, train_dataset=data, callbacks=[Turns()])
     tokenizer = trainer.processing_class
-    lengths = [len(tokenizer(text)["input_ids"]) for text in settings["prompts"]]
-    hello = {"prompt_tokens": lengths, "threads": torch.get_num_threads()}
+    ids = [tokenizer(text)["input_ids"] for text in settings["prompts"]]
+    hello = {"prompt_ids": ids, "threads": torch.get_num_threads()}
     print(json.dumps(hello), file=replies, flush=True)
     trainer.train()
 
@@ -126,20 +126,20 @@ def trl_versions(python):
 
 
 def prompts_of(arguments, steps):
-    """The settings of a run, and the prompts of its steps in their order: as text, and their number of tokens."""
-    from transformers import AutoTokenizer
+    """The settings of a run, and the prompts of its steps in their order: as text, and as token ids."""
+    from types import SimpleNamespace
 
     from configs.load import load
-    from data.load import encode_prompts, load_questions, render, step_questions
+    from data.load import load_questions, read_tasks, step_questions
 
     cfg = load(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    questions = [question for path in cfg.train_data for question in load_questions(path)]
-    kept, dropped = encode_prompts(questions, tokenizer, cfg.prompt_template, cfg.max_prompt_tokens)
-    assert not dropped
-    chosen = [i for n in range(steps) for i in step_questions(len(kept), cfg.prompts_per_step, cfg.seed, n)]
-    texts = [render(questions[i].question, tokenizer, cfg.prompt_template) for i in chosen]
-    return cfg, texts, [len(kept[i].ids) for i in chosen]
+    data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
+    tasks = read_tasks(cfg, data, SimpleNamespace(say=print))
+    chosen = [
+        i for n in range(steps) for i in step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, n)
+    ]
+    ids = [tasks.train[i].ids.tolist() for i in chosen]
+    return cfg, [tasks.tokenizer.decode(row) for row in ids], ids
 
 
 def compare(python, arguments, steps):
@@ -148,7 +148,7 @@ def compare(python, arguments, steps):
 
     total = steps + 1  # one to warm up
     arguments = [*arguments, f"--max_response_tokens={TOKENS}", f"--steps={total}"]
-    cfg, texts, prompt_tokens = prompts_of(arguments, total)
+    cfg, texts, prompt_ids = prompts_of(arguments, total)
     shared = ("model", "prompts_per_step", "samples_per_prompt", "policy_lr", "dtype")
     settings = {name: getattr(cfg, name) for name in shared} | {"steps": total, "prompts": texts}
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/trl.log", "w+") as chatter:
@@ -167,7 +167,7 @@ def compare(python, arguments, steps):
                 return json.loads(line)
 
             hello = reply()
-            assert hello["prompt_tokens"] == prompt_tokens, "TRL reads other prompts"
+            assert hello["prompt_ids"] == prompt_ids, "TRL reads other prompts"
 
             def turn(workers):
                 trl.stdin.write("step\n")
@@ -180,7 +180,7 @@ def compare(python, arguments, steps):
     return {
         "settings": arguments,
         "responses": cfg.prompts_per_step * cfg.samples_per_prompt,
-        "prompt_tokens": step.spread(prompt_tokens),
+        "prompt_tokens": step.spread([len(ids) for ids in prompt_ids]),
         "ours": step.summary(rows),
         "trl_step_seconds": step.spread(theirs),
         "trl_threads": hello["threads"],
