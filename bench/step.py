@@ -65,7 +65,18 @@ class Measured(launch.Worker):
         return samples, ids_hash
 
     def floor(self, batch, work):
-        """Seconds of each phase of the last step, done as plainly as possible."""
+        """plain_floor, with torch's own linear layers: DeepSpeed's zero.Init replaces them for the whole process."""
+        import torch.nn.functional as F
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+        replaced, F.linear = F.linear, getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", F.linear)
+        try:
+            return self.plain_floor(batch, work)
+        finally:
+            F.linear = replaced
+
+    def plain_floor(self, batch, work):
+        """Seconds of each phase of the last step, done as plainly as possible; and how many threads torch uses."""
         import time
 
         import torch
@@ -115,7 +126,7 @@ class Measured(launch.Worker):
                     network.zero_grad()
 
             seconds[phase] = timed(run)
-        return seconds
+        return seconds, torch.get_num_threads()
 
 
 class MeasuredWorkers(launch.Workers):
@@ -169,8 +180,11 @@ def measured_run(arguments, between):
 
 
 def floors(workers):
-    seconds = workers.call("floor", "floor", workers.batch, workers.work)
-    return {"floor": {phase: max(rank[phase] for rank in seconds) for phase in seconds[0]}}
+    seconds, threads = zip(*workers.call("floor", "floor", workers.batch, workers.work))
+    return {
+        "floor": {phase: max(rank[phase] for rank in seconds) for phase in seconds[0]},
+        "threads": threads,
+    }
 
 
 def summary(rows):
@@ -197,6 +211,7 @@ def with_floors(rows):
         for name in rows[0]["floor"]
     }
     return summary(rows) | {
+        "torch_threads_of_each_worker": rows[0]["threads"],
         "floor_seconds": {name: spread([row["floor"][name] for row in counted]) for name in rows[0]["floor"]},
         "sum_of_floors": spread([sum(row["floor"].values()) for row in counted]),
         "phase_over_floor": by_phase,
