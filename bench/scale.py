@@ -11,7 +11,7 @@ Out:  per step, of the driver's process: CPU seconds, and the goal (2% of the st
       store; peak memory of driver and Workers; CPU seconds of Ray's own processes. Then where the driver's time goes, from
       one more step under cProfile (which makes Python code slower, and is not counted).
 
-Where memory allows no 128 Workers (100 MiB each, and 4 GiB for the rest), 64 take their place, and the result says so.
+Where memory allows no 128 Workers (80 MiB each, and 4 GiB for the rest), 64 take their place, and the result says so.
 """
 
 import argparse
@@ -282,7 +282,7 @@ def main():
     options = parser.parse_args()
     sizes = [int(size) for size in options.workers.split(",")]
     room = psutil.virtual_memory().available - 4 * 2**30
-    fitting = [size if size * 100 * 2**20 < room else size // 2 for size in sizes]
+    fitting = [size if size * 80 * 2**20 < room else size // 2 for size in sizes]
     launch.os.environ.update(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=launch.secrets.token_hex(32), RAY_ADDRESS="local"
     )
