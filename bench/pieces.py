@@ -1,0 +1,404 @@
+"""The pieces of a step at ORZ's sizes, each beside a plain reference: GAE, packing, make_pack, log-prob head, grading.
+
+python bench/pieces.py [REPEATS]     writes bench/results/pieces.json
+
+In:   8,192 responses of up to 8,000 tokens, mean 2,200 (log-normal), prompts of 100-300 tokens, packs of 16,384 tokens;
+      for the head Qwen2.5-0.5B's, 896 x 151,936, and as many tokens as the reference's full logits leave memory for; for
+      the grader half of the answers right as they stand, the others another question's, in responses of 5,000 characters.
+Out:  for each piece seconds of both sides, measured in turns (REPEATS times, 5 unless told), their ratio in each turn,
+      whether both gave the same result, and the goal of issue 6 where there is one.
+
+The references: GAE is ORZ's loop over tokens (orz/ppo/utils.py: a few torch operations on tensors of one element), on 48
+of the responses, since it takes the same time for each token; packing is first fit over a list of packs; make_pack's is
+a loop over tokens; the head's is log_softmax of all logits in fp32; the grader's is its function without processes.
+"""
+
+import json
+import os
+import platform
+import random
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # before bench/, which has a reward.py of its own
+
+RESPONSES, MEAN, LONGEST, BUDGET = 8192, 2200, 8000, 16384
+HIDDEN, VOCABULARY = 896, 151_936
+LOOPED = 48  # responses that ORZ's loop is measured on
+
+
+# ---- Measurement, for the other scripts here too -----------------------------------------------------------------
+
+
+def machine(*packages):
+    """What the numbers were measured on and with."""
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "machine": f"{cpu[0]}, {os.cpu_count()} cores (shared), no GPU, {platform.machine()}",
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "load_average": os.getloadavg(),
+    }
+
+
+def spread(values):
+    """Median, smallest and largest, and how many."""
+    digits = {
+        "median": float(np.median(values)),
+        "min": min(values),
+        "max": max(values),
+    }
+    return {name: float(f"{value:.4g}") for name, value in digits.items()} | {"n": len(values)}
+
+
+def write(name, result):
+    """bench/results/NAME.json, with the load at the end; and on the terminal."""
+    result["load_average_at_end"] = os.getloadavg()
+    (ROOT / "bench/results").mkdir(exist_ok=True)
+    (ROOT / f"bench/results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def timed(function, *arguments):
+    """(seconds, result)."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def in_turns(repeats, ours, reference, ours_units=1, reference_units=1):
+    """Both sides by turns, after one turn to warm up: seconds, and per turn how often ours fits into the reference,
+    each divided by its units of work. Returns that and the last result of either."""
+    seconds = {"ours": [], "reference": []}
+    for turn in range(repeats + 1):
+        sides = [("ours", ours), ("reference", reference)]
+        for name, function in sides if turn % 2 else sides[::-1]:
+            took, result = timed(function)
+            if name == "ours":
+                ours_result = result
+            else:
+                reference_result = result
+            if turn:
+                seconds[name].append(took)
+    pairs = zip(seconds["ours"], seconds["reference"])
+    ratios = [theirs / reference_units / (mine / ours_units) for mine, theirs in pairs]
+    row = {f"{name}_seconds": spread(values) for name, values in seconds.items()}
+    return row | {"reference_over_ours": spread(ratios)}, ours_result, reference_result
+
+
+def lengths_like_orz(rng, count=RESPONSES):
+    """Response lengths, log-normal, cut off at LONGEST and scaled until their mean is MEAN."""
+    raw, scale = rng.lognormal(0.0, 0.8, count), float(MEAN)
+    for _ in range(50):
+        lengths = np.clip(raw * scale, 1, LONGEST).astype(np.int64)
+        scale *= MEAN / lengths.mean()
+    return lengths
+
+
+def batch_like_orz(rng, lengths):
+    """A ppo.Batch of such responses, with values, advantages and returns."""
+    import ppo
+
+    def sample(length):
+        prompt = rng.integers(0, VOCABULARY, rng.integers(100, 300), np.int32)
+        response = rng.integers(0, VOCABULARY, length, np.int32)
+        logprobs = np.zeros(length, np.float32)
+        return ppo.Sample(0, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
+
+    batch = ppo.Batch([sample(length) for length in lengths])
+    batch.values = rng.random(len(batch.logprobs), np.float32)
+    batch.advantages = batch.returns = batch.values
+    return batch
+
+
+# ---- The pieces --------------------------------------------------------------------------------------------------
+
+
+def orz_gae(rewards, values, lengths, gamma=1.0, lam=1.0):
+    """ORZ's loop, restated: over all tokens of a pack from the last one on, with tensors [1, N]."""
+    import torch
+
+    rewards, values = torch.from_numpy(rewards)[None], torch.from_numpy(values)[None]
+    ends, last, reversed_advantages = torch.cumsum(torch.tensor(lengths), 0), 0, []
+    sample = len(lengths) - 1
+    for t in reversed(range(rewards.size(1))):
+        following = values[:, t + 1] if t < rewards.size(1) - 1 else 0.0
+        if sample >= 0 and t + 1 == ends[sample]:
+            sample, last, following = sample - 1, 0, 0.0
+        last = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * last
+        reversed_advantages.append(last)
+    return torch.stack(reversed_advantages[::-1], 1)[0].numpy()
+
+
+def gae(repeats, batch):
+    import ppo
+
+    rewards, lengths = ppo.token_rewards(batch), batch.response_lens
+    few = lengths[:LOOPED]
+    cut, tokens = int(few.sum()), int(lengths.sum())
+    row, (ours, _), loop = in_turns(
+        repeats,
+        lambda: ppo.gae(rewards, batch.values, lengths),
+        lambda: orz_gae(rewards[:cut], batch.values[:cut], few.tolist()),
+        tokens,
+        cut,
+    )
+    per_token = {
+        "ours": row["ours_seconds"]["median"] / tokens,
+        "reference": row["reference_seconds"]["median"] / cut,
+    }
+    return row | {
+        "tokens": tokens,
+        "reference_tokens": cut,
+        "microseconds_per_token": {name: float(f"{value * 1e6:.4g}") for name, value in per_token.items()},
+        "max_difference": float(np.abs(ours[:cut] - loop).max()),
+        "goal": "at least 100 times ORZ's 13 microseconds a token: 0.13",
+        "met": per_token["ours"] <= 0.13e-6,
+    }
+
+
+def first_fit(lengths, budget):
+    """Each sample, in the order they come, into the first pack with room."""
+    packs, rooms = [], []
+    for i, length in enumerate(lengths):
+        for place, room in enumerate(rooms):
+            if length <= room:
+                packs[place].append(i)
+                rooms[place] -= length
+                break
+        else:
+            packs.append([i])
+            rooms.append(budget - length)
+    return packs
+
+
+def packing(repeats, batch):
+    """For 128 ranks and a hidden size of 5,120 (ORZ-32B). Balance: the slowest rank's work over the mean."""
+    import ppo
+
+    lengths, ranks, hidden = batch.lengths, 128, 5120
+    row, plan, naive = in_turns(
+        repeats,
+        lambda: ppo.pack(lengths, BUDGET, ranks, hidden),
+        lambda: first_fit(lengths.tolist(), BUDGET),
+    )
+    cost = lengths * (1 + lengths / (12 * hidden))
+    by_turns = [[pack for pack in naive[rank::ranks]] for rank in range(ranks)]
+
+    def quality(plan):
+        work = np.array([sum(cost[pack].sum() for pack in packs) for packs in plan])
+        count = ranks * max(map(len, plan))
+        return {
+            "packs_a_rank": count // ranks,
+            "fill": round(float(lengths.sum() / (count * BUDGET)), 4),
+            "slowest_over_mean": round(float(work.max() / work.mean()), 4),
+        }
+
+    return row | {
+        "sequences": len(lengths),
+        "ranks": ranks,
+        "ours": quality(plan),
+        "reference": quality(by_turns) | {"note": "its packs dealt to the ranks in turn"},
+        "goal": "8,192 sequences in less than 0.05 s",
+        "met": row["ours_seconds"]["median"] < 0.05,
+    }
+
+
+def looped_pack(batch, indices):
+    """make_pack's tensors token by token."""
+    import torch
+
+    ids, position_ids, positions, bounds, values = [], [], [], [0], []
+    for i in indices:
+        begin, prompt = int(batch.token_ends[i] - batch.lengths[i]), int(batch.prompt_lens[i])
+        first = int(batch.response_ends[i] - batch.response_lens[i])
+        for k in range(int(batch.lengths[i])):
+            ids.append(int(batch.tokens[begin + k]))
+            position_ids.append(k)
+            if k >= prompt:
+                positions.append(bounds[-1] + k - 1)
+                values.append(float(batch.values[first + k - prompt]))
+        bounds.append(len(ids))
+    return {
+        "input_ids": torch.tensor(ids),
+        "position_ids": torch.tensor(position_ids),
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "positions": torch.tensor(positions),
+        "values": torch.tensor(values),
+    }
+
+
+def make_packs(repeats, batch):
+    """What one of 128 ranks makes of its packs, and the loop of the first of them."""
+    import torch
+
+    import ppo
+
+    packs = ppo.pack(batch.lengths, BUDGET, 128, 5120)[0]
+    tokens = [int(batch.lengths[pack].sum()) for pack in packs]
+    row, ours, looped = in_turns(
+        repeats,
+        lambda: [ppo.make_pack(batch, pack, "cpu", ["values"]) for pack in packs],
+        lambda: looped_pack(batch, packs[0]),
+        sum(tokens),
+        tokens[0],
+    )
+    return row | {
+        "packs": len(packs),
+        "tokens": sum(tokens),
+        "reference_tokens": tokens[0],
+        "equal": all(torch.equal(tensor, ours[0][name]) for name, tensor in looped.items()),
+    }
+
+
+class PeakMemory:
+    """Resident memory beyond what there was before, sampled while the block runs."""
+
+    def __enter__(self):
+        self.start, self.peak, self.over = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def now(self):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def look(self):
+        while not self.over.wait(0.005):
+            self.peak = max(self.peak, self.now() - self.start)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+def log_probs(repeats, tokens=None):
+    """Forward and backward of the head and of its reference, fp32, for as many tokens as memory allows."""
+    import torch
+
+    import model
+
+    # The reference holds logits, their log-softmax, its exponential and product for the entropy, and gradients.
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cached = [line.split()[1] for line in open("/proc/meminfo") if line.startswith("MemAvailable")]
+    free = min(max(free, int(cached[0]) * 1024), 12 * 2**30)  # others work on this machine too
+    tokens = tokens or int(free * 0.8 / (VOCABULARY * 4 * 5)) // 64 * 64
+    torch.manual_seed(0)
+    head = model.LogprobHead(HIDDEN, VOCABULARY, bias=False)
+    hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (tokens,))
+    peaks = {"ours": 0, "reference": 0}
+
+    def run(name, forward):
+        head.weight.grad = hidden.grad = None
+        with PeakMemory() as memory:
+            logprobs, entropy = forward()
+            logprobs.sum().backward()
+        peaks[name] = max(peaks[name], memory.peak)
+        return logprobs.detach(), entropy.detach(), hidden.grad.clone()
+
+    def full():
+        table = torch.nn.functional.linear(hidden, head.weight).float().log_softmax(-1)  # [N, V]
+        with torch.no_grad():
+            entropy = -(table.exp() * table).sum(-1)
+        return table.gather(-1, targets[:, None])[:, 0], entropy
+
+    row, ours, reference = in_turns(
+        repeats,
+        lambda: run("ours", lambda: head(hidden, targets, 1.0)),
+        lambda: run("reference", full),
+    )
+    names = ("logprobs", "entropy", "gradient")
+    return row | {
+        "tokens": tokens,
+        "tokens_note": "what the reference has memory for: 80% of what is available, at most 12 GiB; five fp32 "
+        "tables of tokens x vocabulary",
+        "hidden_size": HIDDEN,
+        "vocabulary": VOCABULARY,
+        "tokens_per_second": {
+            name: float(f"{tokens / row[f'{name}_seconds']['median']:.4g}") for name in peaks
+        },
+        "peak_gib": {name: round(peak / 2**30, 2) for name, peak in peaks.items()},
+        "max_difference": {name: float((a - b).abs().max()) for name, a, b in zip(names, ours, reference)},
+    }
+
+
+def answers(rng):
+    """(response, reference) of 8,192 typical responses, and where the references come from."""
+    folders = [os.environ.get("ORZ_DATA"), ROOT.parent / "shared/data", ROOT.parent.parent / "shared/data"]
+    files = [
+        file
+        for folder in filter(None, folders)
+        for file in sorted(Path(folder).glob("*.json"))
+        if "orz_math" in file.name
+    ]
+    if files:
+        records = [record for file in files for record in json.loads(file.read_text())]
+        references = [record[1]["ground_truth"]["value"] for record in records]
+    else:
+        sys.path.append(str(ROOT / "tests"))
+        from reward_pairs import PAIRS
+
+        references = [pair[1] for pairs in PAIRS.values() for pair in pairs if pair[1]]
+    filler = "Let me think about this step by step. Wait, I should recheck the sum of the digits. " * 60
+    items = []
+    for _ in range(RESPONSES):
+        reference = rng.choice(references)
+        answer = rng.choice([reference, rng.choice(references)])
+        items.append((f"{filler}</think> <answer> \\boxed{{{answer}}} </answer>", reference))
+    return items, ", ".join(sorted({file.name for file in files})) or "tests/reward_pairs.py"
+
+
+def grading(repeats):
+    """Two processes, and one without any: what the processes cost and gain."""
+    import reward
+
+    items, source = answers(random.Random(0))
+    with reward.Grader(2) as grader:
+        for future in [grader.submit(items[0][0], "0.5") for _ in range(8)]:
+            future.result()  # the processes have started
+        row, ours, plain = in_turns(
+            repeats,
+            lambda: [future.result() for future in [grader.submit(*item) for item in items]],
+            lambda: [reward.grade(*item) for item in items],
+        )
+        stats = grader.stats()
+    return row | {
+        "responses": len(items),
+        "characters_each": len(items[0][0]),
+        "references": source,
+        "processes": 2,
+        "equal": ours == plain,
+        "right": int(sum(ours)),
+        "outcomes_of_all_turns": stats,
+        "goal": "8,192 typical answers in less than 5 s on 2 cores",
+        "met": row["ours_seconds"]["median"] < 5,
+    }
+
+
+def main(repeats=5):
+    result = machine("torch", "numpy", "transformers", "lark", "mpmath")
+    rng = np.random.default_rng(0)
+    lengths = lengths_like_orz(rng)
+    result["repeats"] = repeats
+    result["lengths"] = SimpleNamespace(mean=float(lengths.mean()), max=int(lengths.max())).__dict__
+    batch = batch_like_orz(rng, lengths)
+    for name, piece in {"gae": gae, "packing": packing, "make_pack": make_packs}.items():
+        result[name] = piece(repeats, batch) | {"load_average": os.getloadavg()[0]}
+        print(name, json.dumps(result[name]), flush=True)
+    del batch
+    result["log_probs"] = log_probs(repeats) | {"load_average": os.getloadavg()[0]}
+    print("log_probs", json.dumps(result["log_probs"]), flush=True)
+    result["grading"] = grading(repeats) | {"load_average": os.getloadavg()[0]}
+    write("pieces", result)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

