@@ -301,7 +301,7 @@ class Workers:
 
     def call(self, phase, method, *args, per_rank=None):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
-        args = [self.ray.put(arg) for arg in args]  # once, for all of them
+        args = [arg if type(arg) is str else self.ray.put(arg) for arg in args]  # once, for all of them
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
         start, longest = time.monotonic(), self.longest.get(phase, 0.0)

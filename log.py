@@ -4,7 +4,6 @@ In:   the settings, one dict of metrics per step; None where a number does not e
 Out:  files in the run's folder out_dir/NAME, which is made here; one line per step on the terminal.
 """
 
-import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -90,8 +89,8 @@ class Log:
         """Remove the folder of a run that has not begun."""
         if not os.path.getsize(self.metrics.name):
             shutil.rmtree(self.dir)
-            with contextlib.suppress(OSError):
-                self.dir.parent.rmdir()  # if nothing else is in it
+            if not os.listdir(self.dir.parent):
+                self.dir.parent.rmdir()
 
     def say(self, text):
         print(printable(text), flush=True)
@@ -114,7 +113,7 @@ class Log:
         """samples/NAME.jsonl: every response with its question, token ids and reward."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for sample in samples:
-                row = vars(sample) | {"response": sample.text} | vars(prompts[sample.question].question)
+                row = vars(sample) | {"response": sample.text} | prompts[sample.question].question._asdict()
                 del row["logprobs"], row["text"]
                 file.write(json.dumps(row, default=lambda ids: ids.tolist()) + "\n")
 

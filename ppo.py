@@ -89,9 +89,11 @@ def pack(lengths, budget, ranks, hidden_size):
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
     packs = best_fit(lengths, budget)
     num_packs = -(-len(packs) // ranks) * ranks
-    for slack in (1.03, 1.01, 1.002):  # the same number of packs, as evenly filled as they get
+    for slack in (1.002, 1.01, 1.03):  # the same number of packs, as evenly filled as they get
         evened = best_fit(lengths, min(budget, max(lengths.max(), slack * lengths.sum() / num_packs)))
-        packs = evened if len(evened) <= num_packs else packs
+        if len(evened) <= num_packs:
+            packs = evened
+            break
     packs += [[] for _ in range(num_packs - len(packs))]
     cost = lengths * (1 + lengths / (12 * hidden_size))
     work = np.array([cost[indices].sum() for indices in packs])

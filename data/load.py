@@ -8,7 +8,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,27 +20,17 @@ from configs.load import UserError
 NOT_PLAIN = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-@dataclass(frozen=True)
-class Question:
-    question: str
-    answer: str
-    choices: dict | None = None  # letter → content, for multiple choice
-
-
-@dataclass(frozen=True)
-class Prompt:
-    ids: np.ndarray  # int32
-    question: Question
+# Texts, and for multiple choice {letter: content}; a Prompt is a Question's token ids, int32.
+Question = namedtuple("Question", "question answer choices", defaults=[None])
+Prompt = namedtuple("Prompt", "ids question")
 
 
 def load_questions(path):
     """All questions of a file. Raises UserError naming file, place and what was expected there."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"data file {path!r} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text, from byte {error.start} on") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path!r} cannot be read as UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
         items = enumerate(read_json(text, path, 1), 1)
     else:
@@ -110,8 +100,9 @@ def local_model(name, setting):
         try:
             name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
         except Exception as error:
-            reason = f"is no folder, and the hub did not give it: {str(error).splitlines()[0]}"
-            raise UserError(f"{setting}={name!r} {reason}") from error
+            raise UserError(
+                f"{setting}={name!r}: the hub did not give it: {str(error).splitlines()[0]}"
+            ) from error
     files = os.listdir(name) if os.path.isdir(name) else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")

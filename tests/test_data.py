@@ -82,8 +82,8 @@ BROKEN = {
     "no JSON": (json.dumps(PLAIN) + "\nhello", ":2: broken or truncated JSON"),
     "deep": ("[" * 100_000, "JSON"),
     "long number": (json.dumps(PLAIN) + '\n{"question": ' + "1" * 5000 + "}", ":2: broken"),
-    "UTF-16": (json.dumps(PLAIN).encode("utf-16"), "not UTF-8 text, from byte 0"),
-    "Latin-1": ('{"question": "é", "answer": "1"}'.encode("latin-1"), "not UTF-8 text, from byte 14"),
+    "UTF-16": (json.dumps(PLAIN).encode("utf-16"), "cannot be read as UTF-8 text"),
+    "Latin-1": ('{"question": "é", "answer": "1"}'.encode("latin-1"), "in position 14"),
     "one message": (dialogues(DIALOGUE[:1]), "item 2: expected two messages"),
     "three messages": (dialogues(DIALOGUE + DIALOGUE[:1]), "item 2: expected two messages"),
     "swapped messages": (dialogues(DIALOGUE[::-1]), "item 2: expected"),
@@ -131,7 +131,7 @@ def test_pickles_are_never_loaded(tmp_path):
 
     path = tmp_path / "set.pkl"
     path.write_bytes(pickle.dumps([DIALOGUE]))
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="as UTF-8"):
         load_questions(str(path))
 
 

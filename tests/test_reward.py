@@ -65,24 +65,15 @@ def wait_until(condition, seconds):
 # -- labelled pairs ----------------------------------------------------------------------------------------------
 
 
-# Right answers that are rejected, by kind; no wrong answer is accepted. The first of a kind was never read, and
-# "given up" was, for 4 to 1 lines of code each.
+# Right answers that are rejected, by kind; no wrong answer is accepted.
 REJECTED = {
     "algebra": [(r"\ln|2x|+C", r"\ln|x|+C")],
     "equations": [(r"a=1, b=2", r"(1, 2)"), (r"x=1,y=2", r"(x,y)=(1,2)")],
-    "radicals and constants": [(r"\gcd(12, 18)", "6")],  # given up
-    "intervals": [(r"\{x \mid x > 2\}", r"(2,\infty)")],  # given up
-    "text": [("(C) 12", "(C)")],  # given up: with `choices` the content is known, and compared
+    "radicals and constants": [(r"\gcd(12, 18)", "6")],
     "found later": [
         (r"x>2 \text{ and } x<5", r"(2,5)"),
         (r"x \geq 3 \text{ and } x \neq 5", r"[3,5) \cup (5,\infty)"),
         (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-        (r"\text{Yes, it is}", r"\text{Yes}"),
-        ("f(x)=2x+1", "y=2x+1"),  # given up, and so are the next
-        (r"\mathbf{B}", "B"),
-        (r"10 \mathrm{~m} / \mathrm{s}", "10"),
-        (r"\text{all real numbers}", r"\mathbb{R}"),
-        ("|x|<1", "(-1,1)"),
     ],
 }
 
@@ -98,7 +89,39 @@ def test_labelled_pairs(kind):
 def test_share_of_labels():
     """The share right, over all pairs."""
     labels = [reward.is_equal(*pair[:-2]) == pair[-2] for pair in ALL_PAIRS + CHOICE_PAIRS]
-    assert len(labels) == 701 and sum(labels) / len(labels) >= 0.978
+    assert len(labels) == 701 and sum(labels) / len(labels) >= 0.99
+
+
+NEAR = [  # what the rules for sets in words, absolute values, sentences and units must not let through, and what they must
+    ("(C) or (D) 12", "(C)", False),
+    ("C, D 12", "(C)", False),
+    ("(C) 12 (D) 13", "(C)", False),
+    ("(D) 12", "(C)", False),
+    ("C. 12 or 13", "C", False),
+    ("Yes, no", "Yes", False),
+    (r"\text{Yes, it is}", "No", False),
+    ("yes. but not always", "yes", False),
+    (r"|x|\le 1", "(-1,1)", False),
+    (r"|x|\leq 1", "[-1,1]", True),
+    ("|x|>1", "(-1,1)", False),
+    (r"|x| < \frac{1}{2}", r"(-\frac12,\frac12)", True),
+    (r"\{x \mid x\ge 2\}", r"(2,\infty)", False),
+    (r"\{x : -1<x<3\}", "(-1,3)", True),
+    ("f(x)=2x+2", "y=2x+1", False),
+    ("f(x)=2x+1", "2x+1", True),
+    (r"\text{all real numbers}", r"(0,\infty)", False),
+    (r"\text{all real numbers except 0}", r"\mathbb{R}", False),
+    (r"\mathbf{B}", "A", False),
+    (r"10 \mathrm{~m} / \mathrm{s}", r"10\text{ km/h}", False),
+    (r"10 \mathrm{~m} / \mathrm{s}", r"10\text{ m/s}", True),
+    (r"10 \text{ m}/\text{s}^2", r"10 \text{ m/s}", False),
+]
+
+
+@pytest.mark.parametrize("answer, reference, label", NEAR)
+def test_near_the_rules_found_last(answer, reference, label):
+    """A rule made for one pair lets its neighbours through."""
+    assert reward.is_equal(answer, reference) == label
 
 
 def test_longer_signs_come_first():
