@@ -227,7 +227,8 @@ class Learner:
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
             # weights, gradients and optimizer states are each cut into one part per rank
-            "zero_optimization": {"stage": 3, "overlap_comm": False},
+            # (the last: else torch's linear function is replaced in the whole process, for vLLM, too)
+            "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False},
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
