@@ -271,8 +271,8 @@ class Workers:
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
         what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
         group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
-        have = int(ray.cluster_resources().get(what, 0))
-        if have < cfg.workers or not group.wait(60):
+        if ray.cluster_resources().get(what, 0) < cfg.workers or not group.wait(60):
+            have = int(ray.cluster_resources().get(what, 0))  # by now: a node may have left unnoticed
             raise UserError(f"workers={cfg.workers}: Ray has {have} {what}s; an engine takes {tp} of a node")
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
         share = {"num_cpus": 1 - self.on_gpu, "num_gpus": int(self.on_gpu)}
@@ -297,8 +297,9 @@ class Workers:
 
     def watch(self, method):
         """method() on every Worker beside what it is doing; raises the death of one that has died."""
-        beside = [getattr(handle, method).options(concurrency_group="watch") for handle in self.handles]
-        return self.ray.get([call.remote() for call in beside])
+        # Again where one does not answer, until Ray is sure that its node has gone: its error then names the node.
+        how = {"concurrency_group": "watch", "max_task_retries": -1}
+        return self.ray.get([getattr(handle, method).options(**how).remote() for handle in self.handles])
 
     def call(self, phase, method, *args, per_rank=None):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
@@ -313,7 +314,7 @@ class Workers:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
                 try:
                     self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
-                except self.ray.exceptions.RayTaskError:
+                except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
                     time.sleep(3)  # or did it fail because another one is dying?
                     self.watch("address")
                     raise

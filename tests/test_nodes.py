@@ -228,14 +228,13 @@ def test_a_node_that_leaves_and_comes_back(both, tmp_path, on_one_node):
     """Guards a month's work: the run names the node, asks for it, and goes on where it was when it is back."""
     head, other = both
     process = start(head, tmp_path)
-    wait_for_step(process, tmp_path / "a", 1)
+    wait_for_step(process, tmp_path / "a", 2)  # so that there is a checkpoint
     other.die()
     out = check_end(both, process, 2, "workers=2", "Ray has 1 CPUs")
     death = next(line for line in out.splitlines() if line.startswith("error: "))
     assert "Actor" in death and other.address in death, death
     assert "\nrestart 1 of " in out
     steps = max(int(name[5:]) for name in os.listdir(tmp_path / "a/checkpoints") if not name.endswith(".tmp"))
-    print(death, steps)
     join(other, head)
     code, out, err = finish(start(head, tmp_path))
     assert code == 0 and f"from step {steps + 1}" in out, out + err
@@ -269,6 +268,7 @@ def test_a_firewall_between_the_workers(both, tmp_path):
 
 
 def test_a_port_where_nobody_listens(both, tmp_path):
+    """Guards the newcomer who names the wrong port, or the wrong host: Ray alone would wait for minutes."""
     head, other = both
     for address in (f"{head.address}:{PORT + 1}", f"{other.address}:{PORT}"):
         command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}", *RUN]
@@ -282,5 +282,18 @@ def test_a_node_without_the_shared_folder(hosts, tmp_path):
     join(other, head, prepare=f"mount -t tmpfs none {tmp_path}")
     try:
         check_end(hosts, start(head, tmp_path), 1, f"node {other.address} does not see {tmp_path}")
+    finally:
+        other.die()
+
+
+OTHER_RAY = "import ray; ray.__version__ = '2.59.0'; from ray.scripts.scripts import main; main()"
+
+
+def test_a_node_with_another_ray(hosts):
+    """Guards what launch.py leaves to Ray: such a node cannot join, and is told both versions."""
+    head, other = hosts
+    try:
+        code, out, err = other.join(head, ray=(sys.executable, "-c", OTHER_RAY))
+        assert code != 0 and "Version mismatch" in err and "2.59.0" in err and other.address in err, out + err
     finally:
         other.die()
