@@ -156,23 +156,25 @@ class Worker:
         """This node's address and a free port on it."""
         import ray
 
-        with socket.socket() as free:
-            free.bind(("", 0))
+        with socket.create_server(("", 0)) as free:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def setup(self, address, port):
         """Join the others and build the networks and the engine. Collective; returns the number of parameters."""
+        import psutil
         import ray
 
-        chatter = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log"
+        chatter, here = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log", self.address()[0]
         if not os.path.isdir(os.path.dirname(chatter)):
-            raise FileNotFoundError(f"node {ray.util.get_node_ip_address()} does not see {self.cfg.out_dir}")
+            raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
         with open(chatter, "ab") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
-        local_rank = int((ray.get_gpu_ids() or [0])[0])
-        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local_rank)}
-        os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers))
+        gpu = int((ray.get_gpu_ids() or [0])[0])
+        # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
+        cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
+        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": cards[here]}
+        os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers), LOCAL_RANK=str(gpu))
         import deepspeed.ops
         import torch
 
@@ -181,7 +183,7 @@ class Worker:
         import rollout
 
         cfg, on_gpu = self.cfg, torch.cuda.is_available()
-        device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
         dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32")
         if on_gpu:
             torch.cuda.set_device(device)
@@ -269,8 +271,8 @@ class Workers:
         # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
         what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
         group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
-        have = int(ray.cluster_resources().get(what, 0))
-        if have < cfg.workers or not group.wait(60):
+        if ray.cluster_resources().get(what, 0) < cfg.workers or not group.wait(60):
+            have = int(ray.cluster_resources().get(what, 0))  # by now: a node may have left unnoticed
             raise UserError(f"workers={cfg.workers}: Ray has {have} {what}s; an engine takes {tp} of a node")
         actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
         share = {"num_cpus": 1 - self.on_gpu, "num_gpus": int(self.on_gpu)}
@@ -279,8 +281,7 @@ class Workers:
         for rank in range(cfg.workers):
             share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
             self.handles.append(actor.options(**share).remote(cfg, rank))
-        address = ray.get(self.handles[0].address.remote())
-        self.num_parameters = self.call("setup", "setup", *address)[0]
+        self.num_parameters = self.call("setup", "setup", *self.watch("address")[0])[0]
         saved = checkpoints(cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
@@ -296,8 +297,9 @@ class Workers:
 
     def watch(self, method):
         """method() on every Worker beside what it is doing; raises the death of one that has died."""
-        beside = [getattr(handle, method).options(concurrency_group="watch") for handle in self.handles]
-        return self.ray.get([call.remote() for call in beside])
+        # Again where one does not answer, until Ray is sure that its node has gone: its error then names the node.
+        how = {"concurrency_group": "watch", "max_task_retries": -1}
+        return self.ray.get([getattr(handle, method).options(**how).remote() for handle in self.handles])
 
     def call(self, phase, method, *args, per_rank=None):
         """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
@@ -312,7 +314,7 @@ class Workers:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
                 try:
                     self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
-                except self.ray.exceptions.RayTaskError:
+                except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
                     time.sleep(3)  # or did it fail because another one is dying?
                     self.watch("address")
                     raise
