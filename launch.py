@@ -173,7 +173,7 @@ class Worker:
         gpu = int((ray.get_gpu_ids() or [0])[0])
         # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
         cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
-        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": cards[here]}
+        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": cards.get(here, "")}
         os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers), LOCAL_RANK=str(gpu))
         import deepspeed.ops
         import torch
