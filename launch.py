@@ -167,9 +167,8 @@ class Worker:
         chatter, here = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log", self.address()[0]
         if not os.path.isdir(os.path.dirname(chatter)):
             raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
-        with open(chatter, "ab") as file:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+        for stream in (1, 2):
+            os.dup2(os.open(chatter, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         gpu = int((ray.get_gpu_ids() or [0])[0])
         # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
         cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
