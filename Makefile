@@ -6,7 +6,8 @@ PYTHON ?= python3
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 NO_DEPS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--no-deps)
 CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
-INSTALL := .venv/bin/pip install --quiet --disable-pip-version-check $(NO_DEPS) -r $(REQUIREMENTS)
+# Python compiles what it imports; all of it at once would take a minute
+INSTALL := .venv/bin/pip install --quiet --no-compile --disable-pip-version-check $(NO_DEPS) -r $(REQUIREMENTS)
 
 .PHONY: demo test soak lines
 

@@ -33,7 +33,8 @@ CASES = {
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama, linear rope": ("LlamaConfig", {"rope_parameters": ROPE_LINEAR}),
     "llama, llama3 rope": ("LlamaConfig", {"rope_parameters": ROPE_LLAMA3}),
-    "llama, padded vocabulary": ("LlamaConfig", {"padding": 100}),  # half of what it samples is no token at all
+    # half of what it samples is no token at all
+    "llama, padded vocabulary": ("LlamaConfig", {"padding": 100}),
     "qwen2, tied": ("Qwen2Config", {"tie": True}),
     "qwen2, window": ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0} | WINDOW),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),

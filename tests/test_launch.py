@@ -164,6 +164,7 @@ def test_any_config_in_debug_mode(tmp_path):
     assert "values" not in rows[3]["seconds"] and "v_loss" not in rows[3]
 
 
+@pytest.mark.soak
 def test_a_dead_worker_ends_the_run(tmp_path):
     """Guards against waiting for ever: a Worker killed in mid-run is named, the exit code is not 0, none is left."""
     process = start(tmp_path, "--name=a", *QUICK, "--steps=1000", "--workers=2", "--max_restarts=0")

@@ -171,9 +171,12 @@ def run_killed(tmp_path, todo):
     return printed
 
 
-def test_a_worker_killed_in_every_phase(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    "phases",
+    [["generate", "critic", "sync"], pytest.param(["values", "policy", "eval"], marks=pytest.mark.soak)],
+)
+def test_a_worker_killed_in_every_phase(tmp_path, undisturbed, phases):
     """Guards against a death that hangs the run, ends it, or changes what it learns."""
-    phases = ["generate", "critic", "sync", "eval"]
     out = run_killed(tmp_path, [(phase, "worker") for phase in phases])
     assert out.count("\nrestart ") == out.count("\nerror: ActorDiedError") == len(phases), out
     check_same(tmp_path / "a", undisturbed)

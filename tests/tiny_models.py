@@ -20,7 +20,15 @@ VOCABULARY = len(CHARACTERS) + 2
 
 
 def make_model(
-    path, kind=Qwen2Config, tie=False, heads=4, kv_heads=2, hidden=64, dtype=torch.float32, padding=0, **settings
+    path,
+    kind=Qwen2Config,
+    tie=False,
+    heads=4,
+    kv_heads=2,
+    hidden=64,
+    dtype=torch.float32,
+    padding=0,
+    **settings,
 ):
     """A Hugging Face folder: a model of random weights large enough that log-probs differ, and a character tokenizer,
     which has no pad token and knows nothing of the last `padding` ids."""
