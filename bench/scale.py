@@ -50,7 +50,7 @@ def stand_in(seconds, lengths, stats, text):
     """The class that takes launch.Worker's place: same methods, numpy only."""
 
     class StandIn:
-        def __init__(self, cfg, rank, log_dir):
+        def __init__(self, cfg, rank):
             import sys
             import types
 
