@@ -17,6 +17,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -26,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from configs.load import UserError, load
+from configs.load import ROOT, UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
-from log import Log
+from log import Log, installed, sample_line
 
 
 def train(cfg, workers, tasks, log):
@@ -84,7 +85,7 @@ def train(cfg, workers, tasks, log):
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
         log.step({"step": step} | response_metrics(samples) | metrics | workers.timings())
-        log.samples(f"step_{step}", prompts, samples)
+        log.samples(f"step_{step}", samples)
         if "eval" in metrics:
             log.curves()
         workers.step = step
@@ -103,7 +104,7 @@ def evaluate(cfg, workers, tasks, log, step):
         error = accuracy.std() / max(1, len(prompts) - 1) ** 0.5
         results[name] = {"accuracy": float(accuracy.mean()), "accuracy_stderr": float(error)}
         results[name] |= response_metrics(samples)
-        log.samples(f"eval_{name}_{step}", prompts, samples)
+        log.samples(f"eval_{name}_{step}", samples)
         for prompt, sample in zip(prompts[:2], samples[:: cfg.eval_samples]):
             log.show(prompt.question, sample)
     return results
@@ -167,6 +168,8 @@ class Worker:
         chatter, here = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log", self.address()[0]
         if not os.path.isdir(os.path.dirname(chatter)):
             raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
+        if other := {*installed()} ^ {*self.cfg.versions}:
+            raise ImportError(f"node {here} and the driver's differ in packages: {sorted(other)[:6]}")
         for stream in (1, 2):
             os.dup2(os.open(chatter, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         gpu = int((ray.get_gpu_ids() or [0])[0])
@@ -195,7 +198,7 @@ class Worker:
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
         if self.rank % cfg.tensor_parallel == 0:
             cores = len(os.sched_getaffinity(0)) * cfg.tensor_parallel // cfg.workers
-            self.grader = reward.Grader(cfg.grader_processes or max(1, min(cores, 8)))
+            self.grader = reward.Grader(max(1, min(cores, 8)))
         return sum(p.ds_numel for p in self.learners["policy"].network.parameters())
 
     def interrupt(self):
@@ -226,6 +229,7 @@ class Worker:
                 rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
         for index, future in rewards.items():
             samples[index].reward = future.result()
+            samples[index].line = sample_line(samples[index], requests[index][1].question)
         ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
         return (samples if rewards else []), ids_hash
 
@@ -345,8 +349,7 @@ class Workers:
         for rank, (_, ids_hash) in enumerate(results):
             if ids_hash != results[rank - rank % tp][1]:
                 raise RuntimeError(f"rank {rank} sampled other tokens than the others of its vLLM engine")
-        samples = [sample for share, _ in results for sample in share]
-        return sorted(samples, key=lambda sample: sample.question)
+        return sorted((sample for share, _ in results for sample in share), key=lambda s: s.question)
 
     def save(self):
         """checkpoints/step_N: written beside, then renamed, so that it is whole or not there at all."""
@@ -385,8 +388,7 @@ class Workers:
 
 def checkpoints(cfg):
     """The whole checkpoints of a run, step → folder."""
-    found = Path(cfg.out_dir, cfg.name).glob("checkpoints/step_*[0-9]")
-    return {int(path.name[5:]): str(path) for path in found}
+    return {int(p.name[5:]): str(p) for p in Path(cfg.out_dir, cfg.name).glob("checkpoints/step_*[0-9]")}
 
 
 class Stopped(Exception):
@@ -448,6 +450,10 @@ def run(cfg):
     try:
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
+        if workers.on_gpu:
+            command = [sys.executable, ROOT / "plan.py", *sys.argv[1:], f"--model={cfg.model}"]
+            if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
+                raise UserError(judged.stderr.strip().removeprefix("error: "))
         end, code = "done", 0
         try:
             workers.start()

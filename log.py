@@ -6,7 +6,6 @@ Out:  files in the run's folder out_dir/NAME, which is made here; one line per s
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -26,8 +25,8 @@ LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean d
 
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
-    keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout grader_processes gpu_memory_utilization wandb
-    out_dir name versions""".split()
+    keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
+    name versions""".split()
 
 
 class Log:
@@ -35,10 +34,8 @@ class Log:
         """Makes or finds the run's folder. Raises UserError, and changes nothing, where it is another run's."""
         self.dir, self.tensorboard = Path(cfg.out_dir) / cfg.name, None
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 does not end a run
-        if cfg.wandb and not importlib.util.find_spec("wandb"):
-            raise UserError("wandb=True, but wandb is not installed: pip install wandb, or leave it out")
+        cfg.versions = installed()
         config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
-        settings["versions"] = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
         try:
             found = {*os.listdir(self.dir)} if self.dir.exists() else set()
             if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:
@@ -58,10 +55,6 @@ class Log:
             raise UserError(f"{self.dir}: another process is at work in it") from None
         except OSError as error:
             raise UserError(f"cannot write to {self.dir}: {error.strerror}; choose an --out_dir") from None
-        if cfg.wandb:
-            import wandb
-
-            wandb.init(id=cfg.name, resume="allow", dir=str(self.dir), config=settings, sync_tensorboard=True)
 
     def cut(self, step):
         """Forget what came after `step`, which will be made again: metrics.jsonl is cut, TensorBoard written anew."""
@@ -109,13 +102,10 @@ class Log:
         for name, value in flatten(metrics | {"step": None}).items():
             self.tensorboard.add_scalar(name, value, metrics["step"])
 
-    def samples(self, name, prompts, samples):
-        """samples/NAME.jsonl: every response with its question, token ids and reward."""
+    def samples(self, name, samples):
+        """samples/NAME.jsonl: the line of every response."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for sample in samples:
-                row = vars(sample) | {"response": sample.text} | prompts[sample.question].question._asdict()
-                del row["logprobs"], row["text"]
-                file.write(json.dumps(row, default=lambda ids: ids.tolist()) + "\n")
+            file.writelines(sample.line for sample in samples)
 
     def show(self, question, sample):
         """One response on the terminal."""
@@ -130,6 +120,18 @@ class Log:
         self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def installed():
+    """Every package of this environment, with its version."""
+    return sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()})
+
+
+def sample_line(sample, question):
+    """A response as a line of samples/: with its question, token ids and reward. Workers write theirs: 8,192 take 3 s."""
+    row = vars(sample) | {"response": sample.text} | question._asdict()
+    shown = {name: value for name, value in row.items() if name not in ("logprobs", "text", "line")}
+    return json.dumps(shown, default=lambda ids: ids.tolist()) + "\n"
 
 
 def step_line(metrics):

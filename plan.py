@@ -1,6 +1,6 @@
 """What each GPU will hold in each phase of a step, and whether it fits, with the arithmetic of every line.
 
-    python plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]       GiB of one GPU; exit code 2: does not fit
+    python plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]      exit code 2: does not fit; 3: cannot tell
 
 In:   the settings, and the model's shape: config.json of a folder, or the table of the models of configs/.
 Out:  phases → {what, with its arithmetic: GiB of one GPU}.
@@ -132,6 +132,13 @@ def check_fits(cfg, gpu_memory):
     raise UserError(f"{phase}: needs {need:.1f} GiB of each GPU (an estimate), has {gpu_memory:g}: {way_out}")
 
 
+def memory_here():
+    """GiB of this machine's first GPU; without one 80."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 80.0
+
+
 def derived(cfg):
     """The numbers that follow from the settings."""
     responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
@@ -151,14 +158,14 @@ def describe(cfg):
 
 
 def main(argv):
-    flags = [argument for argument in argv if argument.startswith("--gpu_memory=")]
     try:
-        gpu_memory = float((flags or ["=80"])[-1].partition("=")[2])
-        cfg = load([argument for argument in argv if argument not in flags])
-        if not gpu_memory > 0:
-            raise UserError(f"--gpu_memory must be above 0 GiB, not {gpu_memory:g}")
+        cfg = load(argv)
+        gpu_memory = cfg.gpu_memory or memory_here()
         if (shape := read_shape(cfg.model)) is None:
-            raise UserError(f"model={cfg.model!r} is no folder of a dense model, nor in plan.py's table")
+            print(
+                f"model={cfg.model!r} is no folder of a dense model, nor in plan.py's table", file=sys.stderr
+            )
+            return 3
         print("UNVERIFIED: estimates from the sources; no GPU was at hand to compare them with")
         print(f"{cfg.model}: {shape.params:,} parameters, {cfg.workers} GPUs of {gpu_memory:g} GiB")
         for phase, items in plan(cfg, shape, gpu_memory).items():

@@ -44,6 +44,7 @@ class Sample:
     finish_reason: str  # "stop": it ended by itself; "length": it was cut off
     reward: float = 0.0
     stats: dict | None = None  # reward.response_stats of the text
+    line: str = ""  # all of it, as samples/ holds it
 
 
 class Batch:
@@ -317,9 +318,7 @@ class Learner:
             total, count = metrics["drift_mean"]
             if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
                 gap = f"log-probs {total / count:.2g} > {self.drift_limit:.2g} apart"
-                raise DriftError(
-                    f"vLLM and policy, {gap}: stale weights in vLLM, or another dtype or template"
-                )
+                raise DriftError(f"vLLM and policy, {gap}: stale weights, or another dtype or template")
         return metrics
 
     def policy_terms(self, batch, indices):

@@ -81,6 +81,8 @@ def stand_in(seconds, lengths, stats, text):
 
             import numpy as np
 
+            from log import sample_line
+
             start, rng, samples = time.monotonic(), np.random.default_rng(seed), []
             for i, (question, prompt) in enumerate(
                 requests if self.rank % self.cfg.tensor_parallel == 0 else []
@@ -96,7 +98,9 @@ def stand_in(seconds, lengths, stats, text):
                     "finish_reason": "stop",
                     "reward": float(i % 2),
                     "stats": dict(stats),
+                    "line": "",
                 }
+                sample.line = sample_line(sample, prompt.question)
                 samples.append(sample)
             time.sleep(max(0.0, seconds["generate"] - (time.monotonic() - start)))
             return samples, seed
@@ -133,8 +137,8 @@ class Marked(launch.Log):
         self.look, self.marks, self.profiled_from = look, [], cfg.steps - 1
         self.profile = cProfile.Profile()
 
-    def samples(self, name, prompts, samples):
-        super().samples(name, prompts, samples)
+    def samples(self, name, samples):
+        super().samples(name, samples)
         self.marks.append(self.look())
         if len(self.marks) == self.profiled_from:
             self.profile.enable()

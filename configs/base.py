@@ -21,7 +21,6 @@ out_dir = "runs"  # every run gets a folder in it [x != ""]
 name = ""  # of that folder; "" = the config file's name ["/" not in x and x not in (".", "..")]
 seed = 1  # everything random derives from it and the step number [0 <= x < 2**32]
 steps = 1000  # training steps; one step = one batch of questions [x > 0]
-wandb = False  # also log to Weights & Biases, if it is installed
 debug = False  # shrink the run to minutes on whatever is there: configs/debug.py comes after the config
 dry_run = False  # print the settings and the derived numbers, and stop
 
@@ -29,9 +28,9 @@ dry_run = False  # print the settings and the derived numbers, and stop
 tensor_parallel = 1  # ranks per vLLM engine [x > 0]
 workers = 1  # ranks, one per GPU (or CPU process): whole engines [x > 0 and x % tensor_parallel == 0]
 dtype = "auto"  # bfloat16 on a GPU, float32 on a CPU; master weights are fp32 [x in ("auto", "bfloat16", "float32")]
+gpu_memory = 0.0  # GiB of each GPU, for plan.py's check; 0 = as the first one here; none here: 80 [x >= 0]
 gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while it is awake [0 < x <= 1]
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
-grader_processes = 0  # per engine; 0 = one per core that falls to it, at most 8 [x >= 0]
 phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest, at least 600 [x >= 0]
 
 # ---- Sampling ----------------------------------------------------------------------------------------------

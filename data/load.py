@@ -100,9 +100,8 @@ def local_model(name, setting):
         try:
             name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
         except Exception as error:
-            raise UserError(
-                f"{setting}={name!r}: the hub did not give it: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
     files = os.listdir(name) if os.path.isdir(name) else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")

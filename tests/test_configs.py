@@ -93,9 +93,9 @@ def test_every_config_loads(path):
 def test_command_line_comes_last_and_values_keep_their_type(tmp_path):
     """--steps=3 becomes "3", a stop string with = or a comma in it is cut, 1 is refused where 1.0 is meant."""
     path = config(tmp_path, GOOD + "steps = 5\ntemperature = 1\n")
-    more = ["--steps=7", "--steps=9", "--stop=a=b,c", "--gamma=1", "--policy_lr=2e-5", "--wandb=True"]
+    more = ["--steps=7", "--steps=9", "--stop=a=b,c", "--gamma=1", "--policy_lr=2e-5", "--debug=False"]
     cfg = load([path, *more, "--name=1", "--adam_betas=0,0.9", "--eval_data=", "--drift_limit=-1"])
-    assert (cfg.steps, cfg.stop, cfg.gamma, cfg.policy_lr, cfg.wandb) == (9, ["a=b", "c"], 1, 2e-5, True)
+    assert (cfg.steps, cfg.stop, cfg.gamma, cfg.policy_lr, cfg.debug) == (9, ["a=b", "c"], 1, 2e-5, False)
     assert (cfg.name, cfg.adam_betas, cfg.eval_data, cfg.temperature) == ("1", [0, 0.9], [], 1)
     assert load([path, "--stop=['a,b', 'c']"]).stop == ["a,b", "c"]
     assert load([path, "--stop=[]"]).stop == []
@@ -146,8 +146,8 @@ REFUSED = {
     "--steps=True": ["steps", "whole number", "True"],
     "--steps=" + "(" * 9000: ["steps", "whole number"],
     "--steps=__import__('os').getpid()": ["steps", "whole number"],
-    "--wandb=1": ["wandb", "True or False"],
-    "--wandb=true": ["wandb", "True or False", "'true'"],
+    "--debug=1": ["debug", "True or False"],
+    "--dry_run=true": ["dry_run", "True or False", "'true'"],
     "--gamma=None": ["gamma", "a number", "None"],
     "--gamma=high": ["gamma", "a number", "'high'"],
     "--stop=['a', 3]": ["stop", "a list"],

@@ -94,7 +94,7 @@ LIGHT = {
     "unknown setting": (["configs/tiny.py", "--polcy_lr=1"], "did you mean policy_lr?"),
     "no equals sign": (["configs/tiny.py", "--steps"], "--key=value"),
     "wrong type": (["configs/tiny.py", "--steps=many"], "whole number"),
-    "text for a switch": (["configs/tiny.py", "--wandb=yes"], "True or False"),
+    "text for a switch": (["configs/tiny.py", "--debug=yes"], "True or False"),
     "no steps": (["configs/tiny.py", "--steps=0"], "steps > 0"),
     "negative seed": (["configs/tiny.py", "--seed=-1"], "seed"),
     "temperature 0": (["configs/tiny.py", "--temperature=0"], "temperature"),
@@ -144,7 +144,6 @@ LIGHT = {
     "hub name without a connection": (["configs/tiny.py", "--model=nobody/nothing"], "the hub did not give it"),
     "runs/ cannot be made": (["configs/tiny.py", "--out_dir=/proc/runs"], "--out_dir"),
     "runs/ is a file": (lambda tmp: ["configs/tiny.py", f"--out_dir={file_with('f', '')(tmp)}"], "--out_dir"),
-    "wandb is not there": (["configs/tiny.py", "--wandb=True"], "pip install wandb"),
     "a folder that is no run": (
         lambda tmp: [f"--out_dir={folder(tmp, 'runs/tiny', 'thesis.tex').parent}"],
         "is no run",

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import log as log_module
 import plot
 from configs.load import UserError
-from data.load import Prompt, Question
-from log import Log, printable, step_line
+from data.load import Question
+from log import Log, printable, sample_line, step_line
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\x00c\rd\x9b31me\u202ef\ud800g"
 METRICS = {
@@ -36,9 +35,7 @@ METRICS = {
 
 
 def settings(tmp_path, **more):
-    return SimpleNamespace(
-        **{"out_dir": str(tmp_path / "runs"), "name": "a", "wandb": False, "seed": 1, **more}
-    )
+    return SimpleNamespace(**{"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, **more})
 
 
 @pytest.fixture
@@ -164,16 +161,17 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
 def sample(text):
     arrays = {"prompt_ids": np.array([1, 2], np.int32), "response_ids": np.array([3], np.int32)}
     more = {"logprobs": np.array([-0.5], np.float32), "finish_reason": "stop", "reward": 1.0}
-    return SimpleNamespace(question=1, text=text, **arrays, **more)
+    result = SimpleNamespace(question=1, text=text, **arrays, **more)
+    result.line = sample_line(result, QUESTION)
+    return result
 
 
-PROMPTS = [Prompt(np.array([1]), Question("other", "0")), Prompt(np.array([1, 2]), Question(NASTY, "7"))]
+QUESTION = Question(NASTY, "7")
 
 
 def test_samples_keep_every_character(run):
-    """A response with a line break, a null byte or half a character breaks the file or ends the run; or a response
-    is filed under another question."""
-    run.samples("step_3", PROMPTS, [sample(NASTY + "\n"), sample("\u2028")])
+    """A response with a line break, a null byte or half a character breaks the file or ends the run."""
+    run.samples("step_3", [sample(NASTY + "\n"), sample("\u2028")])
     first, second = rows(run.dir / "samples" / "step_3.jsonl")
     expected = {"question": NASTY, "answer": "7", "prompt_ids": [1, 2], "response_ids": [3]}
     expected |= {"response": NASTY + "\n", "finish_reason": "stop", "reward": 1.0}
@@ -183,7 +181,7 @@ def test_samples_keep_every_character(run):
 
 def test_terminal_is_safe(run, capsys):
     """A response clears the screen, renames the window, or reverses the line, and hides what was there."""
-    run.show(PROMPTS[1].question, sample(NASTY))
+    run.show(QUESTION, sample(NASTY))
     shown = capsys.readouterr().out
     assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "the answer is 7" in shown
     assert all(character == "\n" or character.isprintable() for character in shown)
@@ -298,21 +296,3 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="No space left on device"):
             Log(settings(tmp_path))
     Log(settings(tmp_path)).close()
-
-
-def test_wandb_missing_is_said_before_anything_is_made(tmp_path, monkeypatch):
-    """wandb=True without wandb: an ImportError after minutes, and a folder in the way of the next try."""
-    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        Log(settings(tmp_path, wandb=True))
-    assert not (tmp_path / "runs").exists()
-
-
-def test_wandb_follows_tensorboard(tmp_path, monkeypatch):
-    """wandb's own step counter is off by the evaluations; a resumed run becomes another one there."""
-    calls = []
-    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: calls.append(how)))
-    Log(settings(tmp_path, wandb=True)).close()
-    (how,) = calls
-    assert how["sync_tensorboard"] and how["resume"] == "allow" and how["id"] == "a"

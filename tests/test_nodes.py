@@ -6,6 +6,7 @@ fails as a machine does: everything in its namespace is killed at once. Needs ro
 """
 
 import contextlib
+import importlib.metadata
 import os
 import secrets
 import shutil
@@ -282,6 +283,22 @@ def test_a_node_without_the_shared_folder(hosts, tmp_path):
     join(other, head, prepare=f"mount -t tmpfs none {tmp_path}")
     try:
         check_end(hosts, start(head, tmp_path), 1, f"node {other.address} does not see {tmp_path}")
+    finally:
+        other.die()
+
+
+def test_a_node_with_other_packages(hosts, tmp_path):
+    """Guards against Workers that compute with other versions than the first node's: such a run is no one's to repeat."""
+    head, other = hosts
+    found = importlib.metadata.distribution("rich")
+    metadata = found.locate_file(f"rich-{found.version}.dist-info/METADATA")
+    (tmp_path / "METADATA").write_text(
+        metadata.read_text().replace(f"Version: {found.version}", "Version: 1.0")
+    )
+    join(other, head, prepare=f"mount --bind {tmp_path}/METADATA {metadata}")
+    try:
+        process = start(head, tmp_path)
+        check_end(hosts, process, 1, f"node {other.address}", "rich==1.0", f"rich=={found.version}")
     finally:
         other.die()
 

@@ -1,7 +1,9 @@
 """The plan: parameters as the real networks have them, GiB as worked out by hand, refusals that name a way out."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -177,9 +179,9 @@ def test_as_a_command():
     "argv, words",
     [
         (["configs/orz_32b.py", "--workers=8"], "try --workers=16"),
-        (["configs/orz_7b.py", "--model=no/such"], "'no/such'"),
         (["configs/orz_7b.py", "--gpu_memory=lots"], "lots"),
-        (["configs/orz_7b.py", "--gpu_memory=nan"], "above 0"),
+        (["configs/orz_7b.py", "--gpu_memory=nan"], "a number"),
+        (["configs/orz_7b.py", "--gpu_memory=-1"], "gpu_memory >= 0"),
         (["configs/orz_7b.py", "--worker=8"], "did you mean workers"),
         ([], "config file"),
     ],
@@ -191,3 +193,36 @@ def test_errors_are_one_line(argv, words):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+def test_a_model_of_unknown_shape():
+    """Who cannot judge refuses: exit code 2 would keep launch.py from starting it."""
+    done = run(str(ROOT / "configs/orz_7b.py"), "--model=no/such")
+    assert done.returncode == 3 and "'no/such'" in done.stderr and "Traceback" not in done.stderr
+
+
+ON_GPUS = """
+import sys, launch
+start_ray = launch.start_ray
+launch.start_ray = lambda: start_ray() or True  # this machine's Ray, as if it had GPUs
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.soak
+def test_launch_refuses_what_does_not_fit(tmp_path):
+    """An hour of loading weights ends out of memory, though plan.py could have told; or the folder of a run stays."""
+    of_32b = dict(zip(plan.FIELDS.split(), plan.SHAPES["Qwen/Qwen2.5-32B"]))
+    config = json.loads((ROOT / "data/tiny/config.json").read_text()) | of_32b
+    (folder := tmp_path / "model").mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(ROOT / "data/tiny" / file, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 128}))
+    arguments = ["configs/tiny.py", f"--model={folder}", f"--out_dir={tmp_path}/runs", "--dtype=bfloat16"]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_GPUS, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(r"error: generate: needs [\d.]+ GiB of each GPU .*has 80: .*", done.stderr.strip())
+    assert not (tmp_path / "runs").exists()

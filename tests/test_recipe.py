@@ -255,7 +255,7 @@ def write_step(run, step, results, choices=None):
     import numpy as np
 
     from data.load import Prompt, Question
-    from log import Log
+    from log import Log, sample_line
     from ppo import Sample
 
     ids = np.array([1, 2], np.int32)
@@ -266,7 +266,9 @@ def write_step(run, step, results, choices=None):
         for k in range(attempts)
     ]
     (run / "samples").mkdir(parents=True, exist_ok=True)
-    Log.samples(SimpleNamespace(dir=run), f"step_{step}", prompts, samples)
+    for sample in samples:
+        sample.line = sample_line(sample, prompts[sample.question].question)
+    Log.samples(SimpleNamespace(dir=run), f"step_{step}", samples)
 
 
 def test_hard_questions_of_a_run(tmp_path):
