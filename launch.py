@@ -168,8 +168,8 @@ class Worker:
         chatter, here = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log", self.address()[0]
         if not os.path.isdir(os.path.dirname(chatter)):
             raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
-        if other := {*installed()} ^ {*self.cfg.versions}:
-            raise ImportError(f"node {here} and the driver's differ in packages: {sorted(other)[:6]}")
+        if lacking := sorted({*self.cfg.versions} - {*installed()}):
+            raise ImportError(f"node {here} has not the driver's packages: {', '.join(lacking[:9])}")
         for stream in (1, 2):
             os.dup2(os.open(chatter, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         gpu = int((ray.get_gpu_ids() or [0])[0])

@@ -18,6 +18,7 @@ CONFIGS = [
 ]
 GOOD = 'model = "m"\ntrain_data = ["t"]\n'
 SOURCES = (
+    "plan.py",
     "launch.py",
     "ppo.py",
     "rollout.py",

@@ -298,7 +298,9 @@ def test_a_node_with_other_packages(hosts, tmp_path):
     join(other, head, prepare=f"mount --bind {tmp_path}/METADATA {metadata}")
     try:
         process = start(head, tmp_path)
-        check_end(hosts, process, 1, f"node {other.address}", "rich==1.0", f"rich=={found.version}")
+        check_end(
+            hosts, process, 1, f"node {other.address} has not the driver's packages: rich=={found.version} ("
+        )
     finally:
         other.die()
 
