@@ -6,7 +6,6 @@ PYTHON ?= python3
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 NO_DEPS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--no-deps)
 CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
-# Python compiles what it imports; all of it at once would take a minute
 INSTALL := .venv/bin/pip install --quiet --no-compile --disable-pip-version-check $(NO_DEPS) -r $(REQUIREMENTS)
 
 .PHONY: demo test soak lines
@@ -33,4 +32,5 @@ lines: .venv/installed
 	@echo "installing $(REQUIREMENTS) into .venv: a few minutes, once"
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) 2>.venv/pip.log || $(INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu
+	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true  # on all cores; pip would take one
 	@touch $@

@@ -129,7 +129,8 @@ def check_fits(cfg, gpu_memory):
             way_out = f"try --{key}={value}"
             break
     phase, need = next(iter(failed.items()))
-    raise UserError(f"{phase}: needs {need:.1f} GiB of each GPU (an estimate), has {gpu_memory:g}: {way_out}")
+    estimate = "an estimate, which --gpu_memory=1000 overrules"
+    raise UserError(f"{phase}: needs {need:.1f} GiB of each GPU ({estimate}), has {gpu_memory:g}: {way_out}")
 
 
 def memory_here():
