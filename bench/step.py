@@ -29,6 +29,7 @@ from pieces import ROOT, machine, spread, write
 import launch
 
 GOAL = 1 / 0.85
+TOKEN = launch.secrets.token_hex(32)
 PHASES = ("generate", "values", "critic", "policy", "sync")
 # 16 prompts x 8 samples x 64 tokens as in vs_trl.py; the demo's own step; and SmolLM2's with 64 tokens
 CASES = {
@@ -163,6 +164,7 @@ def measured_run(arguments, between):
     """launch.main with these arguments; returns a row for each step."""
     MeasuredWorkers.rows, MeasuredWorkers.between = [], between
     launch.Worker, launch.Workers = Measured, MeasuredWorkers
+    launch.secrets.token_hex = lambda size: TOKEN  # Ray keeps the first of a process, for all its clusters
     # Each process that Ray starts finds this file, behind the project's own.
     os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}
     os.chdir(ROOT)
