@@ -202,7 +202,8 @@ class Worker:
         return sum(p.ds_numel for p in self.learners["policy"].network.parameters())
 
     def interrupt(self):
-        self.rollout.interrupted = True
+        # Ranks of one engine must end at the same step: one of several ranks generates to its end.
+        self.rollout.interrupted = self.cfg.tensor_parallel == 1
 
     def give_gpu_to(self, owner):
         """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
@@ -458,8 +459,7 @@ def run(cfg):
         try:
             workers.start()
             log.cut(workers.step)
-            log.say(f"{cfg.model}: {workers.num_parameters:,} parameters, {cfg.workers} workers, {log.dir}")
-            log.say(f"{cfg.prompts_per_step} x {cfg.samples_per_prompt} samples from step {workers.step + 1}")
+            log.say(f"{log.dir}: {workers.num_parameters:,} parameters, from step {workers.step + 1}")
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
             end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"

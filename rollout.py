@@ -72,9 +72,9 @@ class Rollout:
         )
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
-        # Ranks of one engine must end at the same step, so that only an engine of one rank can be interrupted.
-        may_stop = self.cfg.tensor_parallel == 1
-        while self.engine.has_unfinished_requests() and not (self.interrupted and may_stop):
+        for state in self.engine.output_processor.request_states.values():
+            state.logprobs_processor.tokenizer = None  # beside each log-prob nobody reads its token's text
+        while self.engine.has_unfinished_requests() and not self.interrupted:
             for output in self.engine.step():
                 if output.finished:
                     index, response = int(output.request_id), output.outputs[0]
