@@ -318,7 +318,7 @@ class Learner:
             total, count = metrics["drift_mean"]
             if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
                 gap = f"log-probs {total / count:.2g} > {self.drift_limit:.2g} apart"
-                raise DriftError(f"vLLM and policy, {gap}: stale weights, or another dtype or template")
+                raise DriftError(f"vLLM and policy, {gap}: stale weights in vLLM, another dtype or template")
         return metrics
 
     def policy_terms(self, batch, indices):

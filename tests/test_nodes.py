@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import test_resume
 from test_launch import ROOT, check_exports, finish, wait_for_step
 from test_launch import run as run_here
 from test_resume import check_same
@@ -26,17 +27,7 @@ pytestmark = pytest.mark.soak
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT = 6399
 STEPS = 4
-RUN = [
-    f"--steps={STEPS}",
-    "--workers=2",
-    "--prompts_per_step=8",
-    "--samples_per_prompt=8",
-    "--max_response_tokens=48",
-    "--eval_every=3",
-    "--eval_samples=1",
-    "--save_every=1",
-    "--name=a",
-]
+RUN = [*test_resume.RUN, f"--steps={STEPS}", "--name=a"]  # the last of a setting counts
 
 
 def ip(*arguments):

@@ -221,7 +221,12 @@ def test_launch_refuses_what_does_not_fit(tmp_path):
     arguments = ["configs/tiny.py", f"--model={folder}", f"--out_dir={tmp_path}/runs", "--dtype=bfloat16"]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", ON_GPUS, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+        [sys.executable, "-c", ON_GPUS, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.fullmatch(r"error: generate: needs [\d.]+ GiB of each GPU .*has 80: .*", done.stderr.strip())
