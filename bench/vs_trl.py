@@ -8,8 +8,8 @@ Out:  seconds of a step of either, one after the other in one run, after one of 
       First GRPO without a critic on both sides; then this project's whole PPO step with its critic beside the same TRL.
 
 TRL 1.16 is installed into bench/.venv, with this environment's torch and transformers. It generates with Hugging Face
-there: its vLLM mode does not run on a CPU (it fails at the weight sync). It does the whole step as one batch, without
-gradient checkpointing, with its default loss (dapo: one mean over all tokens, as here), beta=0, one update a batch and so
+there: its vLLM mode does not run on a CPU (it fails at the weight sync). It trains the tiny model's responses as one batch,
+SmolLM2's 8 at a time (gradient accumulation), without gradient checkpointing, with its default loss (dapo: one mean over all tokens, as here), beta=0, one update a batch and so
 no pass for old log-probs. Its process sleeps during our turn, and ours during its.
 
 Issue 6 asks for SmolLM2 in bf16. Where the processor has no AVX-512 torch's bf16 backward is many times slower than its
@@ -36,6 +36,8 @@ CASES = {
     "tiny": ["configs/tiny.py", "--prompts_per_step=16", "--samples_per_prompt=8"],
     "smollm2": ["configs/smollm2_135m.py"],
 }
+# Responses in one forward of TRL, which makes all their logits: with more of SmolLM2's both sides exceed 23 GiB
+AT_ONCE = {"tiny": 128, "smollm2": 8}
 SIDES = {"grpo": ["--advantage=group"], "ppo": []}  # ours; TRL's is the same in both
 
 
@@ -72,8 +74,8 @@ def trl_side(settings):
     config = GRPOConfig(
         output_dir=settings["folder"],
         max_steps=settings["steps"],
-        per_device_train_batch_size=responses,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=settings["at_once"],
+        gradient_accumulation_steps=responses // settings["at_once"],
         num_generations=settings["samples_per_prompt"],
         max_completion_length=TOKENS,
         generation_kwargs={"min_new_tokens": TOKENS},
@@ -145,7 +147,7 @@ def prompts_of(arguments, steps):
     return cfg, [tasks.tokenizer.decode(row) for row in ids], ids
 
 
-def compare(python, arguments, steps):
+def compare(python, arguments, steps, at_once):
     """Both sides in turns; a summary of each, and the ratio."""
     import step
 
@@ -154,6 +156,7 @@ def compare(python, arguments, steps):
     cfg, texts, prompt_ids = prompts_of(arguments, total)
     shared = ("model", "prompts_per_step", "samples_per_prompt", "policy_lr", "dtype")
     settings = {name: getattr(cfg, name) for name in shared} | {"steps": total, "prompts": texts}
+    settings["at_once"] = at_once
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/trl.log", "w+") as chatter:
         Path(folder, "settings.json").write_text(json.dumps(settings | {"folder": folder}))
         environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
@@ -186,6 +189,7 @@ def compare(python, arguments, steps):
         "prompt_tokens": step.spread([len(ids) for ids in prompt_ids]),
         "ours": step.summary(rows),
         "trl_step_seconds": step.spread(theirs),
+        "trl_responses_at_once": at_once,
         "trl_threads": hello["threads"],
         "trl_over_ours": step.spread([b / a["step"] for a, b in zip(rows[1:], theirs)]),
         "load_average": os.getloadavg()[0],
@@ -243,7 +247,7 @@ def main():
                 f"--workers={options.workers}",
                 f"--dtype={options.dtype}",
             ]
-            row = result["cases"][case][side] = compare(python, arguments, options.steps)
+            row = result["cases"][case][side] = compare(python, arguments, options.steps, AT_ONCE[case])
             print(case, side, json.dumps(row), flush=True)
     step.write("vs_trl", result)
 
