@@ -30,6 +30,7 @@ from rich.progress import Progress
 from configs.load import ROOT, UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log, installed, sample_line
+from reward import Grader, extract_answer, response_stats
 
 
 def train(cfg, workers, tasks, log):
@@ -82,10 +83,11 @@ def train(cfg, workers, tasks, log):
         workers.call("sync", "sync")
 
         metrics |= {"reward": float(batch.rewards.mean()), "tokens": int(batch.lengths.sum())}
+        metrics["tokens_per_second"] = metrics["tokens"] / sum(workers.seconds.values())
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
         log.step({"step": step} | response_metrics(samples) | metrics | workers.timings())
-        log.samples(f"step_{step}", samples)
+        log.lines(f"step_{step}", (sample.line for sample in samples))
         if "eval" in metrics:
             log.curves()
         workers.step = step
@@ -95,19 +97,38 @@ def train(cfg, workers, tasks, log):
             raise Stopped(workers.stop_signal)
 
 
+SCORES = ("accuracy", "response_tokens", "cut_off", "pass_at_k", "majority_at_k")
+
+
 def evaluate(cfg, workers, tasks, log, step):
-    """Mean accuracy over eval_samples responses per held-out question, for each data set."""
-    results = {}
+    """k = eval_samples responses to every held-out question; the means of each data set, and over all of them, of
+
+    accuracy, avg@k; pass_at_k, 1 where any response is right; majority_at_k, 1 where the most frequent answer is.
+    """
+    results, k = {}, cfg.eval_samples
     for name, prompts in tasks.eval.items():
-        samples = workers.generate("eval", prompts, cfg.eval_samples, step)
-        accuracy = np.array([s.reward for s in samples]).reshape(len(prompts), -1).mean(1)  # per question
-        error = accuracy.std() / max(1, len(prompts) - 1) ** 0.5
-        results[name] = {"accuracy": float(accuracy.mean()), "accuracy_stderr": float(error)}
-        results[name] |= response_metrics(samples)
-        log.samples(f"eval_{name}_{step}", samples)
-        for prompt, sample in zip(prompts[:2], samples[:: cfg.eval_samples]):
+        samples = workers.generate("eval", prompts, k, step)
+        each = np.array([[s.reward, len(s.response_ids), s.finish_reason == "length"] for s in samples])
+        each = each.reshape(-1, k, 3)  # [questions, k, 3]
+        votes = [majority_reward(samples[i : i + k]) for i in range(0, len(samples), k)]
+        scores = np.column_stack([each.mean(1), each[:, :, 0].max(1), votes])  # [questions, 5]
+        results[name] = response_metrics(samples) | dict(zip(SCORES, scores.mean(0).tolist()))
+        results[name]["accuracy_stderr"] = float(scores[:, 0].std() / max(1, len(prompts) - 1) ** 0.5)
+        records = [p.question._asdict() | dict(zip(SCORES, row)) for p, row in zip(prompts, scores.tolist())]
+        log.lines(f"eval_{name}_{step}", (sample.line for sample in samples))
+        log.lines(f"eval_{name}_{step}_questions", records)
+        for prompt, sample in zip(prompts[:2], samples[::k]):
             log.show(prompt.question, sample)
+    if len(results) > 1:
+        results["overall"] = {m: float(np.mean([result[m] for result in results.values()])) for m in SCORES}
     return results
+
+
+def majority_reward(samples):
+    """The reward of the most frequent answer, as it is spelled; no answer is no vote."""
+    answers = [extract_answer(sample.text) for sample in samples]
+    chosen = max(filter(None, answers), key=answers.count, default=None)
+    return max((s.reward for s, answer in zip(samples, answers) if answer == chosen), default=0.0)
 
 
 def response_metrics(samples):
@@ -137,7 +158,8 @@ def rng_for(*parts):
 
 def trained(cfg):
     """The networks that learn, and the folders they start from."""
-    return {"policy": cfg.model} | ({"critic": cfg.critic_model} if cfg.advantage == "gae" else {})
+    kinds = {"policy": cfg.model} | ({"critic": cfg.critic_model} if cfg.advantage == "gae" else {})
+    return kinds if cfg.steps else {}
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
@@ -161,17 +183,17 @@ class Worker:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def setup(self, address, port):
-        """Join the others and build the networks and the engine. Collective; returns the number of parameters."""
+        """Join the others and build the networks and the engine. Collective; returns how many parameters learn."""
         import psutil
         import ray
 
-        chatter, here = f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log", self.address()[0]
-        if not os.path.isdir(os.path.dirname(chatter)):
+        here, logs = ray.util.get_node_ip_address(), Path(self.cfg.out_dir, self.cfg.name, "logs")
+        if not logs.is_dir():
             raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
         if lacking := sorted({*self.cfg.versions} - {*installed()}):
             raise ImportError(f"node {here} has not the driver's packages: {', '.join(lacking[:9])}")
         for stream in (1, 2):
-            os.dup2(os.open(chatter, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+            os.dup2(os.open(logs / f"worker_{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         gpu = int((ray.get_gpu_ids() or [0])[0])
         # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
         cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
@@ -181,7 +203,6 @@ class Worker:
         import torch
 
         import ppo
-        import reward
         import rollout
 
         cfg, on_gpu = self.cfg, torch.cuda.is_available()
@@ -198,8 +219,8 @@ class Worker:
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
         if self.rank % cfg.tensor_parallel == 0:
             cores = len(os.sched_getaffinity(0)) * cfg.tensor_parallel // cfg.workers
-            self.grader = reward.Grader(max(1, min(cores, 8)))
-        return sum(p.ds_numel for p in self.learners["policy"].network.parameters())
+            self.grader = Grader(max(1, min(cores, 8)))
+        return sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
 
     def interrupt(self):
         # Ranks of one engine must end at the same step: one of several ranks generates to its end.
@@ -212,19 +233,19 @@ class Worker:
             self.learners[owner].onload()
             self.owner = owner
 
-    def generate(self, requests, seed, temperature, top_p):
-        """requests: (index of the question, Prompt) each. Returns Samples in that order, and the hash of the sampled ids;
-        grading runs in other processes meanwhile. Ranks of one engine make the same call."""
+    def generate(self, questions, num_samples, seed, temperature, top_p):
+        """questions: (index, Prompt) each. Returns num_samples Samples of each in that order, and the hash of the sampled
+        ids; grading runs in other processes meanwhile. Ranks of one engine make the same call."""
         import ppo
-        import reward
 
         self.give_gpu_to("rollout")
+        requests = [request for request in questions for _ in range(num_samples)]
         samples, rewards = [None] * len(requests), {}
         prompts = [prompt.ids.tolist() for _, prompt in requests]
         for index, *response in self.rollout.generate(prompts, seed, temperature, top_p):
             number, prompt = requests[index]
             sample = samples[index] = ppo.Sample(number, prompt.ids, *response)
-            sample.stats = reward.response_stats(sample.text)
+            sample.stats = response_stats(sample.text)
             if self.rank % self.cfg.tensor_parallel == 0:
                 question, how = prompt.question, sample.finish_reason
                 rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
@@ -285,7 +306,8 @@ class Workers:
         for rank in range(cfg.workers):
             share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
             self.handles.append(actor.options(**share).remote(cfg, rank))
-        self.num_parameters = self.call("setup", "setup", *self.watch("address")[0])[0]
+        self.places = self.watch("address")
+        self.num_parameters = self.call("setup", "setup", *self.places[0])[0]
         saved = checkpoints(cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
@@ -327,8 +349,8 @@ class Workers:
                     self.watch("interrupt")
                     raise Stopped(self.stop_signal)  # the networks are still those of the last step
                 if pending and time.monotonic() - start > limit:
-                    late = [rank for rank, ref in enumerate(refs) if ref in pending]
-                    raise TimeoutError(f"{phase}: over phase_timeout={limit:.0f} s on ranks {late}")
+                    late = (f"{r} at {self.places[r][0]}" for r, ref in enumerate(refs) if ref in pending)
+                    raise TimeoutError(f"{phase}: over phase_timeout={limit:.0f} s on rank {', '.join(late)}")
         seconds = time.monotonic() - start
         self.longest[phase] = max(longest, seconds)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
@@ -341,11 +363,10 @@ class Workers:
         # A fixed rule, never timing: longest prompt first, in snake order over the engines, so that runs repeat.
         order, snake = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)), 2 * cfg.workers // tp
         for engine in (rank // tp for rank in range(cfg.workers)):
-            share = order[engine::snake] + order[snake - 1 - engine :: snake]
-            requests = [(i, prompts[i]) for i in share for _ in range(num_samples)]
+            questions = [(i, prompts[i]) for i in order[engine::snake] + order[snake - 1 - engine :: snake]]
             # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
             seed = int(rng_for(cfg.seed, step, phase, engine).integers(2**31))
-            per_rank.append((requests, seed, *sampling))
+            per_rank.append((questions, num_samples, seed, *sampling))
         results = self.call(phase, "generate", per_rank=per_rank)
         for rank, (_, ids_hash) in enumerate(results):
             if ids_hash != results[rank - rank % tp][1]:
@@ -354,7 +375,7 @@ class Workers:
 
     def save(self):
         """checkpoints/step_N: written beside, then renamed, so that it is whole or not there at all."""
-        folder, size = f"{self.log.dir}/checkpoints/step_{self.step}", 24 * self.num_parameters
+        folder, size = f"{self.log.dir}/checkpoints/step_{self.step}", 12 * self.num_parameters
         if self.step == 0 or os.path.exists(folder):
             return
         if (free := shutil.disk_usage(self.log.dir).free) < size:
@@ -398,22 +419,15 @@ class Stopped(Exception):
 
 def worker_env(cfg, on_gpu):
     """Environment of a Worker's process, from its first instruction: what the libraries read when they are imported."""
-    env = {
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *sys.path]),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
-    }
+    # vLLM's engine in this process; nothing reported to anyone; the driver has fetched what there is to fetch
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     if on_gpu:
         # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
         return env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    return env | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.workers)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two Workers would bind to the same cores
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    # Threads not bound to cores, else two Workers would share the same ones; a KV cache of 1 GiB.
+    env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return env | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(os.cpu_count() // cfg.workers or 1)}
 
 
 # ---- The run -----------------------------------------------------------------------------------------------------
@@ -451,7 +465,7 @@ def run(cfg):
     try:
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
-        if workers.on_gpu:
+        if workers.on_gpu and cfg.steps:
             command = [sys.executable, ROOT / "plan.py", *sys.argv[1:], f"--model={cfg.model}"]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))
@@ -459,14 +473,14 @@ def run(cfg):
         try:
             workers.start()
             log.cut(workers.step)
-            log.say(f"{log.dir}: {workers.num_parameters:,} parameters, from step {workers.step + 1}")
+            log.say(f"{log.dir}: {workers.num_parameters:,} parameters learn, from step {workers.step + 1}")
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
             end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
             code = 128 + signal.Signals[str(stopped)]
         workers.save()
         workers.export(tasks.tokenizer)
-        log.say(f"{end}: networks in {log.dir}/policy and critic, curves in {log.dir}/curves.png")
+        log.say(f"{end}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}")
         return code
     except UserError:
         log.discard()
@@ -478,7 +492,6 @@ def run(cfg):
         log.say(f"error: {reason} (see {log.dir}/error.txt)")
         return os.EX_TEMPFAIL if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:
-        log.close()
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
 
@@ -496,10 +509,7 @@ def main(argv):
     try:
         cfg = load(argv)
         if cfg.dry_run:
-            import plan
-
-            print(plan.describe(cfg))
-            return 0
+            return subprocess.call([sys.executable, ROOT / "plan.py", *argv])
         if (code := run(cfg)) == os.EX_TEMPFAIL:
             start_again(cfg)
         return code

@@ -21,7 +21,8 @@ COLLAPSE = {
     "all rewards equal": lambda m: m.get("reward") in (0.0, 1.0),
     "responses at the length limit": lambda m: m.get("cut_off", 0.0) > 0.5,
 }
-LINE = "reward response_tokens cut_off entropy v_loss explained_var drift_mean drift_max tokens_per_second".split()
+LINE = """accuracy pass_at_k majority_at_k reward response_tokens cut_off entropy v_loss explained_var drift_mean
+    drift_max tokens_per_second""".split()
 
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
@@ -63,7 +64,7 @@ class Log:
         rows = [row for row in self.rows() if 0 < step >= row["step"]]
         self.metrics.truncate(sum(len(json.dumps(row) + "\n") for row in rows))
         shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
-        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=10)
+        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
         for row in rows:
             self.scalars(row)
 
@@ -89,23 +90,23 @@ class Log:
         print(printable(text), flush=True)
 
     def step(self, metrics):
-        """One step into every log, and its line on the terminal."""
-        if "tokens" in metrics:
-            seconds = sum(metrics["seconds"].values()) - metrics["seconds"].get("eval", 0)
-            metrics = metrics | {"tokens_per_second": metrics["tokens"] / seconds}
+        """One step into every log, and its line on the terminal, after a line for each data set of an evaluation."""
         self.metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
         self.metrics.flush()
         self.scalars(metrics)
-        self.say(step_line(metrics))
+        for name, result in metrics.get("eval", {}).items():
+            self.say(metrics_line(f"  {name}:", result))
+        self.say(metrics_line(f"step {metrics['step']}", metrics))
 
     def scalars(self, metrics):
         for name, value in flatten(metrics | {"step": None}).items():
             self.tensorboard.add_scalar(name, value, metrics["step"])
+        self.tensorboard.flush()
 
-    def samples(self, name, samples):
-        """samples/NAME.jsonl: the line of every response."""
+    def lines(self, name, rows):
+        """samples/NAME.jsonl: JSON lines of responses, or the records of questions."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(sample.line for sample in samples)
+            file.writelines(row if type(row) is str else json.dumps(row) + "\n" for row in rows)
 
     def show(self, question, sample):
         """One response on the terminal."""
@@ -115,11 +116,6 @@ class Log:
     def curves(self):
         """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
         subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), self.dir], check=True)
-
-    def close(self):
-        self.metrics.close()
-        if self.tensorboard:
-            self.tensorboard.close()
 
 
 def installed():
@@ -134,14 +130,14 @@ def sample_line(sample, question):
     return json.dumps(shown, default=lambda ids: ids.tolist()) + "\n"
 
 
-def step_line(metrics):
-    """The step in one line, under the names of metrics.jsonl; what was not measured is left out."""
-    shown = {f"eval[{name}]": result["accuracy"] for name, result in metrics.get("eval", {}).items()}
-    shown |= {name: metrics[name] for name in LINE if metrics.get(name) is not None}
+def metrics_line(name, metrics):
+    """The metrics of a step or of a set in one line, under the names of metrics.jsonl; what was not measured is left out."""
+    shown = {f"eval[{data}]": result["accuracy"] for data, result in metrics.get("eval", {}).items()}
+    shown |= {metric: metrics[metric] for metric in LINE if metrics.get(metric) is not None}
     parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
-    parts += [f"{phase} {value:.1f}s" for phase, value in metrics["seconds"].items() if value >= 0.05]
-    parts += [f"COLLAPSE? {name}" for name, seen in COLLAPSE.items() if seen(metrics)]
-    return "  ".join([f"step {metrics['step']}", *parts])
+    parts += [f"{phase} {value:.1f}s" for phase, value in metrics.get("seconds", {}).items() if value >= 0.05]
+    parts += [f"COLLAPSE? {cause}" for cause, seen in COLLAPSE.items() if seen(metrics)]
+    return "  ".join([name, *parts])
 
 
 def flatten(metrics, prefix=""):

@@ -128,10 +128,13 @@ def hidden_states(backbone, pack):
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------
 
 
-def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0):
-    """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own)."""
+def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=False):
+    """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own).
+
+    Python code in the folder is run only with `trust`; a model that needs it is refused (ValueError) without.
+    """
     auto = AutoModel if kind == "critic" else AutoModelForCausalLM
-    hf = auto.from_pretrained(path, dtype=dtype, attn_implementation="packed")
+    hf = auto.from_pretrained(path, dtype=dtype, attn_implementation="packed", trust_remote_code=trust)
     # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
     hf.base_model.do_not_compile = True
     if gradient_checkpointing:

@@ -161,6 +161,9 @@ def describe(cfg):
 def main(argv):
     try:
         cfg = load(argv)
+        if cfg.dry_run:
+            print(describe(cfg))
+            return 0
         gpu_memory = cfg.gpu_memory or memory_here()
         if (shape := read_shape(cfg.model)) is None:
             print(

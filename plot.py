@@ -16,15 +16,17 @@ from log import flatten
 PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Figure 2: both climb together
     "Reward": "reward|eval/.*/accuracy",
     "Response length (tokens)": "response_tokens.*",
+    "Evaluation: any of k, and the most frequent, right": "eval/.*/(pass|majority)_at_k",
     "Entropy of the policy (nats per token)": "entropy.*",
     "Critic": "v_loss|explained_var",
+    "Responses (share)": "cut_off|repetition|think_format",
 }
 
 
 def draw(runs, out):
     """runs: names → rows of metrics. The old picture stays until the new one is whole."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
     for axis, (title, pattern) in zip(axes.flat, PANELS.items()):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
@@ -35,7 +37,8 @@ def draw(runs, out):
                 axis.plot(*zip(*points), ".-", label=label.replace("$", r"\$"))  # a name is no mathematics
         if axis.lines:
             axis.legend(fontsize=8)
-    axes[0, 0].set_ylim(0, 1)
+    for share in (axes[0, 0], axes[0, 2], axes[1, 2]):
+        share.set_ylim(0, 1)
     axes[0, 1].set_ylim(bottom=0)
     axes[1, 1].set_ylim(-1, 1)  # an untrained critic explains less than nothing, far less at times
     figure.savefig(f"{out}.tmp", format="png", dpi=110)

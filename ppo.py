@@ -51,8 +51,8 @@ class Batch:
     """All samples of a step as flat arrays: one object that Ray shares without copying on every node.
 
     tokens int32 [ΣT] (each prompt followed by its response), prompt_lens and response_lens int64 [B], rewards
-    fp32 [B], and fp32 arrays over response tokens [N]: logprobs (the sampler's), right (1 where the answer was), then,
-    as the step goes on, values, advantages, returns, and where a setting needs them old_logprobs and ref_logprobs.
+    fp32 [B], and fp32 arrays over response tokens [N]: logprobs (the sampler's), then, as the step goes on, values,
+    advantages, returns, and where a setting needs them old_logprobs and ref_logprobs.
     """
 
     def __init__(self, samples):
@@ -60,11 +60,10 @@ class Batch:
         self.prompt_lens = np.array([len(s.prompt_ids) for s in samples])
         self.response_lens = np.array([len(s.response_ids) for s in samples])
         self.rewards = np.array([s.reward for s in samples], np.float32)
-        self.logprobs = np.concatenate([s.logprobs for s in samples]).astype(np.float32)
+        self.logprobs = np.concatenate([s.logprobs for s in samples], dtype=np.float32)
         self.lengths = self.prompt_lens + self.response_lens
         self.token_ends = np.cumsum(self.lengths)
         self.response_ends = np.cumsum(self.response_lens)
-        self.right = np.repeat((self.rewards > 0).astype(np.float32), self.response_lens)  # [N]
 
     def response(self, i):
         """Where sample i stands in the [N] arrays."""
@@ -152,18 +151,18 @@ def gae(rewards, values, lengths, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over many responses at once.
 
     rewards and values [N], per token, responses laid end to end; lengths [B], their sizes, ΣN. Returns advantages
-    and returns, fp32 [N]. One step per position from the end, over all responses that reach it.
+    and returns, fp32 [N]. Sums of 1, 2, 4, … terms (Hillis and Steele 1986): no loop over tokens.
     """
-    lengths = np.asarray(lengths)
-    rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    advantages, returns = np.empty((2, len(values)), np.float32)  # [N] each
     ends = np.cumsum(lengths)  # [B]
-    next_values = np.append(values[1:], 0.0)  # [N]
-    next_values[ends[lengths > 0] - 1] = 0.0  # nothing follows the end
-    advantages = rewards + gamma * next_values - values  # [N], δ_t so far
-    for k in range(1, lengths.max(initial=0)):
-        index = ends[lengths > k] - 1 - k
-        advantages[index] += gamma * lam * advantages[index + 1]  # Â_t = δ_t + γλ Â_{t+1}
-    return advantages.astype(np.float32), (advantages + values).astype(np.float32)
+    for start, end in zip(ends - lengths, ends):
+        v = values[start:end].astype(np.float64)  # [n], this response's
+        a = rewards[start:end] - v
+        a[:-1] += gamma * v[1:]  # δ_t; nothing follows the end
+        for terms in (2**k for k in range(int(end - start - 1).bit_length())):
+            a[:-terms] += (gamma * lam) ** terms * a[terms:]  # Â_t = Σ_k (γλ)^k δ_{t+k}, of twice as many
+        advantages[start:end], returns[start:end] = a, a + v
+    return advantages, returns
 
 
 def token_rewards(batch, kl_coef=0.0):
@@ -233,7 +232,8 @@ class Learner:
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
-        network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
+        settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
+        network = model.load_network(kind, path, dtype, *settings)
         del partition_while_loading
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
         self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
@@ -324,13 +324,14 @@ class Learner:
     def policy_terms(self, batch, indices):
         """The loss per token of one pack, and vectors of which the step's metrics are the means."""
         strict = self.cfg.policy_updates_per_step == 1
-        fields = ["advantages", "logprobs", "right"] + ([] if strict else ["old_logprobs"])
+        fields = ["advantages", "logprobs"] + ([] if strict else ["old_logprobs"])
         pack = make_pack(batch, indices, self.device, fields)
         logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N]
         # Strictly on-policy, the old log-probs are the new ones: no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if strict else pack["old_logprobs"]
-        advantages, right, eps = pack["advantages"], pack["right"] > 0, self.cfg.clip_eps
+        advantages, eps = pack["advantages"], self.cfg.clip_eps
         loss, ratio = policy_loss(logprobs, old_logprobs, advantages, eps)
+        right = torch.from_numpy(np.repeat(batch.rewards[indices] > 0, batch.response_lens[indices]))  # [N]
         vectors = {"pg_loss": loss, "entropy": entropy}
         vectors |= {"entropy_right": entropy[right], "entropy_wrong": entropy[~right]}
         if self.updates % self.cfg.policy_updates_per_step == 0:  # vLLM sampled with just these weights

@@ -277,15 +277,16 @@ def equal(a: str, b: str) -> bool:
 # -- the verdict --------------------------------------------------------------------------------------------------
 
 CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+(?!"? *(?:,|\([A-E]\)))"? *(.*)|"?)', re.IGNORECASE)
+BESIDE = r"(?i)\b[a-e]\b|,(?![^(\[]*[)\]])"  # another letter, or an alternative outside of brackets
 # Rather than a product of letters: quoted, or four letters, or three with a capital.
 WORD = re.compile(r"""(?=.*("|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))["A-Za-z .'-]+""")
 
 
 def same_choice(answer: str, letter: str, content: str | None) -> bool:
-    """The letter, alone or with its content, or, where that is not known, with any that names no other letter."""
+    """The letter, alone or with its content, or, where that is not known, with any one."""
     chosen = CHOICE.fullmatch(answer)
     same = bool(chosen) and chosen[1].upper() == letter
-    return same and (not chosen[2] or is_equal(chosen[2], content or re.sub(r"(?i)\b[a-e]\b", "", chosen[2])))
+    return same and (not chosen[2] or is_equal(chosen[2], content or re.sub(BESIDE, "", chosen[2])))
 
 
 def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -> tuple[bool, str]:

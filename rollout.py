@@ -33,6 +33,7 @@ class Rollout:
         self.llm = LLM(
             path,
             dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=cfg.trust_remote_code,
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
@@ -96,15 +97,11 @@ class Rollout:
                 yield name, tensor
 
         def load(iterator):
-            loaded = type(self.model).load_weights(self.model, iterator)
-            written.update(loaded)
-            return loaded
+            written.update(type(self.model).load_weights(self.model, iterator))
+            return written
 
         self.model.load_weights = load  # reload_weights only warns about what was not written; we refuse
-        try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
-        finally:
-            del self.model.load_weights
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         if not self.on_gpu:
             repack_tied_head(self.model)
         self.llm.reset_prefix_cache()

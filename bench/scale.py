@@ -75,7 +75,7 @@ def stand_in(seconds, lengths, stats, text):
         def interrupt(self):
             pass
 
-        def generate(self, requests, seed, temperature, top_p):
+        def generate(self, questions, num_samples, seed, temperature, top_p):
             import sys
             import time
 
@@ -84,6 +84,7 @@ def stand_in(seconds, lengths, stats, text):
             from log import sample_line
 
             start, rng, samples = time.monotonic(), np.random.default_rng(seed), []
+            requests = [request for request in questions for _ in range(num_samples)]
             for i, (question, prompt) in enumerate(
                 requests if self.rank % self.cfg.tensor_parallel == 0 else []
             ):
@@ -137,8 +138,8 @@ class Marked(launch.Log):
         self.look, self.marks, self.profiled_from = look, [], cfg.steps - 1
         self.profile = cProfile.Profile()
 
-    def samples(self, name, samples):
-        super().samples(name, samples)
+    def lines(self, name, rows):
+        super().lines(name, rows)
         self.marks.append(self.look())
         if len(self.marks) == self.profiled_from:
             self.profile.enable()
@@ -253,7 +254,6 @@ def measure(num_workers, options):
         step_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / (
             options.steps + 2
         )
-        log.close()
     ray.shutdown()
     marks = log.marks[: options.steps + 1]
     deltas = [{key: after[key] - before[key] for key in after} for before, after in zip(marks, marks[1:])]

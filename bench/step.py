@@ -56,11 +56,12 @@ class Measured(launch.Worker):
         vllm.SamplingParams = lambda **settings: plain(**settings | fixed)
         return result
 
-    def generate(self, requests, seed, temperature, top_p):
+    def generate(self, questions, num_samples, seed, temperature, top_p):
         import zlib
 
-        samples, ids_hash = super().generate(requests, seed, temperature, top_p)
-        self.requests, self.seed = [prompt.ids.tolist() for _, prompt in requests], seed
+        samples, ids_hash = super().generate(questions, num_samples, seed, temperature, top_p)
+        self.requests = [prompt.ids.tolist() for _, prompt in questions for _ in range(num_samples)]
+        self.seed = seed
         for sample in samples:
             sample.reward = float(zlib.crc32(sample.response_ids.tobytes()) & 1)
         return samples, ids_hash

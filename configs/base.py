@@ -12,17 +12,19 @@ _orz_prompt = (Path(__file__).parent / "orz_prompt.txt").read_text()  # byte for
 # ---- What is trained, on what ------------------------------------------------------------------------------
 model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 base models) [x != ""]
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
+trust_remote_code = False  # run the Python code that comes with a model; else such a model is refused
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
-train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice [len(x) > 0]
-eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().split(".").pop(0) for p in x}) == len(x)]
+train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice [len(x) > 0 or eval_only]
+eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().split(".").pop(0) for p in x} - {"overall"}) == len(x)]
 
 # ---- The run -----------------------------------------------------------------------------------------------
 out_dir = "runs"  # every run gets a folder in it [x != ""]
 name = ""  # of that folder; "" = the config file's name ["/" not in x and x not in (".", "..")]
 seed = 1  # everything random derives from it and the step number [0 <= x < 2**32]
-steps = 1000  # training steps; one step = one batch of questions [x > 0]
+steps = 1000  # training steps; one step = one batch of questions [x > 0 or x == 0 and eval_only]
 debug = False  # shrink the run to minutes on whatever is there: configs/debug.py comes after the config
 dry_run = False  # print the settings and the derived numbers, and stop
+eval_only = False  # measure `model` as training does, train nothing: configs/eval_only.py comes after the config [x == (steps == 0) and len(eval_data) >= x]
 
 # ---- Machines ----------------------------------------------------------------------------------------------
 tensor_parallel = 1  # ranks per vLLM engine [x > 0]

@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "base.py"
+MODES = ("debug", "eval_only")  # each a file beside base.py, read after the config
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 
@@ -32,7 +33,7 @@ def load(argv):
         raise UserError("the config file comes first: python launch.py CONFIG --key=value …, or --help")
     base = read_file(BASE)
     settings = dict(base)
-    for path in [argv[0]] + [ROOT / "configs/debug.py"] * ("--debug=True" in argv):
+    for path in [argv[0], *(ROOT / f"configs/{mode}.py" for mode in MODES if f"--{mode}=True" in argv)]:
         for key, value in read_file(path).items():
             settings[key] = checked(key, value, base, path)
     for argument in argv[1:]:
@@ -40,7 +41,7 @@ def load(argv):
         if not argument.startswith("--") or not equals:
             raise UserError(f"command line: {argument!r} is not of the form --key=value")
         settings[key] = checked(key, parse(text, base.get(key)), base, "command line")
-    settings["name"] = settings["name"] or Path(argv[0]).stem + "_debug" * settings["debug"]
+    settings["name"] = settings["name"] or "_".join([Path(argv[0]).stem, *filter(settings.get, MODES)])
     check_rules(settings)
     for key in ("model", "critic_model", "train_data", "eval_data"):
         settings[key] = find(settings[key])

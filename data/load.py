@@ -98,7 +98,7 @@ def local_model(name, setting):
         from huggingface_hub import snapshot_download
 
         try:
-            name = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+            name = snapshot_download(name, allow_patterns="*.json *.safetensors *.txt *.model *.py".split())
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
@@ -115,8 +115,8 @@ def read_tasks(cfg, data, log):
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False).get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code).get_text_config()
     for name in NOT_PLAIN:
         if getattr(config, name, None) not in (None, 1):
             raise UserError(f"{cfg.model}: its {name}={getattr(config, name)} is not supported: see model.py")

@@ -13,9 +13,8 @@ from configs.load import BASE, ROOT, UserError, documentation, load, read_file
 from plan import derived, describe
 
 TINY = str(ROOT / "configs" / "tiny.py")
-CONFIGS = [
-    path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in ("__init__", "base", "load")
-]
+OTHERS = ("__init__", "base", "load", "eval_only")  # the last is no whole config
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in OTHERS]
 GOOD = 'model = "m"\ntrain_data = ["t"]\n'
 SOURCES = (
     "plan.py",
@@ -88,6 +87,13 @@ def test_every_config_loads(path):
     assert all(Path(file).is_file() for file in cfg.train_data + cfg.eval_data if "tiny" in file)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_evaluates_alone(path):
+    """--eval_only=True in a file changes nothing but its name, and the run trains; or a config's own settings win."""
+    cfg = load([str(path), "--eval_only=True", "--eval_data=a.jsonl"])
+    assert (cfg.name, cfg.steps, cfg.train_data, cfg.kl_coef) == (f"{path.stem}_eval_only", 0, [], 0)
+
+
 # ---- What is accepted ----------------------------------------------------------------------------------------------
 
 
@@ -156,6 +162,8 @@ REFUSED = {
     "--adam_betas=0.9": ["adam_betas", "len(adam_betas) == 2"],
     "--adam_betas=0.9,1": ["adam_betas=[0.9, 1]", "< 1"],
     "--steps=0": ["steps=0", "steps > 0"],
+    "--eval_only=True --steps=1": ["eval_only=True, steps=1", "eval_only == (steps == 0)"],
+    "--eval_only=True --eval_data=": ["eval_only=True", "len(eval_data) >= eval_only"],
     "--seed=-1": ["seed=-1", "0 <= seed"],
     "--gamma=1.01": ["gamma=1.01", "0 <= gamma <= 1"],
     "--lam=-0.1": ["lam=-0.1", "0 <= lam <= 1"],
@@ -204,7 +212,7 @@ def test_refused_on_the_command_line(argument):
         "--max_response_tokens=96",
     ]
     load([TINY, *sizes])  # else the next line proves nothing
-    message = error_of([TINY, *sizes, argument])
+    message = error_of([TINY, *sizes, *re.split(" (?=--)", argument)])
     assert [part for part in REFUSED[argument] if part not in message] == [], message
 
 

@@ -1,65 +1,114 @@
-"""evaluate.py: avg@k, pass@k and majority@k by hand, and a whole evaluation of the demo's model."""
+"""Evaluation: avg@k, pass@k and majority@k by hand, and --eval_only as a whole run."""
 
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from test_launch import DEADLINE, ROOT
+from test_launch import ROOT, metrics, run
 
-import evaluate
+import launch
+from data.load import Prompt, Question
+from ppo import Sample
 
 
-def row(answer, reward, reason="stop"):
-    response = f"<think></think> <answer> \\boxed{{{answer}}} </answer>" if answer else "I give up"
-    said = {"question": "6*7", "answer": "42", "response": response, "response_ids": [1, 2]}
-    return said | {"reward": reward, "finish_reason": reason}
+def sample(answer, reward, reason="stop", length=2):
+    text = f"<think></think> <answer> \\boxed{{{answer}}} </answer>" if answer else "I give up"
+    ids = np.zeros(length, np.int32)
+    return Sample(0, ids, ids, np.zeros(length, np.float32), text, reason, reward, {}, f'"{answer}"\n')
+
+
+class Log:
+    """Keeps what the evaluation writes and shows."""
+
+    def __init__(self):
+        self.written, self.shown = {}, []
+
+    def lines(self, name, rows):
+        self.written[name] = list(rows)
+
+    def show(self, question, sample):
+        self.shown.append((question.question, sample.text))
+
+
+def evaluate(groups_by_set, k):
+    """launch.evaluate on given responses."""
+    prompts, answers = {}, {}
+    for name, groups in groups_by_set.items():
+        prompts[name] = [Prompt(None, Question(f"{name} {i}", "42")) for i in range(len(groups))]
+        answers[f"{name} 0"] = [sample for group in groups for sample in group]
+
+    def generate(phase, asked, num_samples, step):
+        assert (phase, num_samples, step) == ("eval", k, 7)
+        return answers[asked[0].question.question]
+
+    log, workers = Log(), SimpleNamespace(generate=generate)
+    cfg, tasks = SimpleNamespace(eval_samples=k), SimpleNamespace(eval=prompts)
+    return launch.evaluate(cfg, workers, tasks, log, step=7), log
 
 
 @pytest.mark.parametrize(
-    "rows, expected",
+    "group, expected",
     [
-        ([row("42", 1.0), row("42", 1.0), row("41", 0.0), row("40", 0.0)], (0.5, 1.0, 1.0, "42", 0.0)),
-        ([row("41", 0.0), row("42", 1.0), row("41", 0.0), row("40", 0.0)], (0.25, 1.0, 0.0, "41", 0.0)),
-        ([row("", 0.0), row("", 0.0), row("", 0.0), row("42", 1.0)], (0.25, 1.0, 1.0, "42", 0.0)),
-        ([row("", 0.0)] * 4, (0.0, 0.0, 0.0, "", 0.0)),
-        ([row("42", 0.0, "length")] * 3 + [row("42", 1.0)], (0.25, 1.0, 1.0, "42", 0.75)),
+        ([("42", 1), ("42", 1), ("41", 0), ("40", 0)], (0.5, 1, 1)),
+        ([("41", 0), ("42", 1), ("41", 0), ("40", 0)], (0.25, 1, 0)),
+        ([("41", 0), ("42", 1), ("42", 1), ("41", 0)], (0.5, 1, 0)),  # a tie: the one that came first
+        ([("", 0), ("", 0), ("", 0), ("42", 1)], (0.25, 1, 1)),
+        ([("", 0), ("", 0), ("", 0), ("", 0)], (0, 0, 0)),
+        ([("42", 0, "length"), ("42", 0, "length"), ("42", 1), ("41", 0)], (0.25, 1, 1)),
     ],
 )
-def test_votes(tmp_path, rows, expected):
-    """Responses without an answer win the vote; a right answer that was once cut off counts as wrong; k is off by one."""
-    both = rows + [row("7", 0.0)] * 4
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
-    first, second = evaluate.per_question(tmp_path / "samples.jsonl", 4)
+def test_scores_of_a_question(group, expected):
+    """Responses without an answer win the vote; a right answer that was once cut off counts as wrong."""
+    results, log = evaluate({"math": [[sample(*response) for response in group]]}, 4)
+    result = results["math"]
+    assert (result["accuracy"], result["pass_at_k"], result["majority_at_k"]) == expected
+    assert result["cut_off"] == sum(len(response) > 2 for response in group) / 4
+    assert list(results) == ["math"]  # one set is the whole
+
+
+def test_sets_and_questions_are_kept_apart():
+    """k is off by one and questions run into each other; "overall" weighs sets by their size; a record lost."""
+    right, wrong = sample("42", 1.0, length=4), sample("41", 0.0)
+    results, log = evaluate({"a": [[right, wrong], [wrong, wrong], [right, right]], "b": [[wrong, wrong]]}, 2)
+    assert [results[name]["accuracy"] for name in ("a", "b", "overall")] == [0.5, 0, 0.25]
+    assert [results[name]["pass_at_k"] for name in ("a", "b", "overall")] == [2 / 3, 0, 1 / 3]
+    assert [results[name]["response_tokens"] for name in ("a", "b", "overall")] == [3, 2, 2.5]
+    deviation = np.std([0.5, 0, 1]) / 2**0.5
     assert (
-        first["avg"],
-        first["pass"],
-        first["majority"],
-        first["majority_answer"],
-        first["cut_off"],
-    ) == expected
-    assert (second["avg"], second["pass"], second["majority"], second["response_tokens"]) == (0, 0, 0, 2)
+        results["a"]["accuracy_stderr"] == pytest.approx(deviation) and results["b"]["accuracy_stderr"] == 0
+    )
+    records = log.written["eval_a_7_questions"]
+    assert [(r["question"], r["accuracy"], r["response_tokens"]) for r in records] == [
+        ("a 0", 0.5, 3),
+        ("a 1", 0, 2),
+        ("a 2", 1, 4),
+    ]
+    assert len(log.written["eval_a_7"]) == 6 and len(log.written["eval_b_7_questions"]) == 1
+    assert [question for question, _ in log.shown] == ["a 0", "a 1", "b 0"]
 
 
 @pytest.mark.soak
-def test_a_whole_evaluation(tmp_path):
-    """Two sets at once: their table, a record for each question, and the accuracy that training would have reported."""
+def test_a_model_alone(tmp_path):
+    """--eval_only wants training data, trains, keeps a learner in memory, or measures differently than training."""
     lines = (ROOT / "data/tiny/eval.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:40]), ("second", lines[40:60])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    command = [sys.executable, "evaluate.py", "configs/tiny.py", f"--out_dir={tmp_path}", "--eval_samples=4"]
-    command.append(f"--eval_data={tmp_path}/first.jsonl,{tmp_path}/second.jsonl")
-    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=DEADLINE
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    records = [json.loads(line) for line in (tmp_path / "tiny_eval/questions.jsonl").read_text().splitlines()]
-    assert [record["set"] for record in records] == ["first"] * 40 + ["second"] * 20
-    measured = json.loads((tmp_path / "tiny_eval/metrics.jsonl").read_text())["eval"]
-    for name in ("first", "second"):
-        mine = [record["avg"] for record in records if record["set"] == name]
-        assert sum(mine) / len(mine) == pytest.approx(measured[name]["accuracy"])
-        assert name in done.stdout and f"{100 * measured[name]['accuracy']:.1f}%" in done.stdout
-    assert "mean over sets" in done.stdout and "pass@4" in done.stdout
+    config = tmp_path / "mine.py"
+    config.write_text((ROOT / "configs/tiny.py").read_text().replace("train.jsonl", "nowhere.jsonl"))
+    sets = f"--eval_data={tmp_path}/first.jsonl,{tmp_path}/second.jsonl"
+    code, out, err = run(tmp_path, "--eval_only=True", sets, "--eval_samples=4", config=str(config))
+    assert code == 0, out + err
+    assert "0 parameters learn" in out
+    folder = tmp_path / "mine_eval_only"
+    assert not {"policy", "critic", "checkpoints"} & {path.name for path in folder.iterdir()}
+    (alone,) = metrics(folder)
+    for name, size in (("first", 40), ("second", 20)):
+        records = (folder / f"samples/eval_{name}_0_questions.jsonl").read_text().splitlines()
+        mean = sum(json.loads(record)["accuracy"] for record in records) / size
+        assert len(records) == size and mean == pytest.approx(alone["eval"][name]["accuracy"])
+        assert any(line.split()[:2] == [f"{name}:", "accuracy"] for line in out.splitlines())
+    assert "  overall:  accuracy" in out and "pass_at_k" in out and "majority_at_k" in out
+    code, out, err = run(tmp_path, sets, "--eval_samples=4", "--steps=1", "--prompts_per_step=8")
+    assert code == 0, out + err
+    assert metrics(tmp_path / "tiny")[0]["eval"] == alone["eval"]  # before the first step of training

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -96,6 +98,8 @@ def test_two_workers_learn_and_leave_everything(tmp_path):
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[6]["eval"]["eval"]["accuracy"] > rows[0]["eval"]["eval"]["accuracy"] + 0.1
     assert rows[6]["response_tokens"] > rows[1]["response_tokens"]
+    seconds = sum(rows[6]["seconds"].values()) - rows[6]["seconds"]["eval"]  # evaluation is not training
+    assert rows[6]["tokens_per_second"] == pytest.approx(rows[6]["tokens"] / seconds, rel=1e-3)
     named = "reward response_tokens cut_off entropy clipfrac_low clipfrac_high approx_kl pg_loss v_loss explained_var "
     named += "grad_norm_policy grad_norm_critic drift_mean drift_max tokens_per_second seconds"
     for row in rows[1:]:
@@ -253,3 +257,19 @@ def test_too_many_workers(tmp_path):
     """Guards against waiting for machines that are not there."""
     code, out, err = run(tmp_path, "--workers=4000")
     assert code == 2 and "4000" in err.splitlines()[-1] and "Traceback" not in out + err
+
+
+@pytest.mark.soak
+def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path, monkeypatch):
+    """Somebody's Python runs because a model was named; or with --trust_remote_code vLLM or the exports do without it."""
+    monkeypatch.setenv("REMOTE_CODE_RAN", str(tmp_path / "ran"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "data/tiny", folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    tiny_models.bring_code(folder)
+    code, out, err = run(tmp_path, f"--model={folder}", *QUICK)
+    assert code == 1 and "trust_remote_code=True" in out.splitlines()[-1], out + err
+    assert "Traceback" not in out + err and not (tmp_path / "ran").exists()
+    code, out, err = run(tmp_path, f"--model={folder}", *QUICK, "--trust_remote_code=True", "--name=trusted")
+    assert code == 0, out + err
+    assert (tmp_path / "ran").exists() and metrics(tmp_path / "trusted")[-1]["drift_mean"] < 1e-4

@@ -320,7 +320,8 @@ def test_metrics_are_means_over_the_whole_update(checks, path, data):
     with torch.no_grad():
         pairs = [tiny_models.plain_logprobs(plain, s.prompt_ids, s.response_ids) for s in samples]
     entropy = torch.cat([entropy for _, entropy in pairs]).numpy()
-    metrics, right = checks[0]["policy", NO_CLIP][1][0], batch.right > 0
+    metrics = checks[0]["policy", NO_CLIP][1][0]
+    right = np.concatenate([np.full(len(s.response_ids), s.reward > 0) for s in samples])
     assert metrics["entropy"] == pytest.approx(entropy.mean(), rel=1e-5)
     assert metrics["entropy_right"] == pytest.approx(entropy[right].mean(), rel=1e-5)
     assert metrics["entropy_wrong"] == pytest.approx(entropy[~right].mean(), rel=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import plot
 from configs.load import UserError
 from data.load import Question
-from log import Log, printable, sample_line, step_line
+from log import Log, metrics_line, printable, sample_line
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\x00c\rd\x9b31me\u202ef\ud800g"
 METRICS = {
@@ -43,7 +43,7 @@ def run(tmp_path):
     run = Log(settings(tmp_path))
     run.cut(0)
     yield run
-    run.close()
+    run.metrics.close()
 
 
 def rows(path):
@@ -63,7 +63,6 @@ def test_metrics_are_valid_json_and_keep_their_values(run):
     first, second = rows(run.dir / "metrics.jsonl")  # the file is still open: what is written must be there
     assert (first["step"], second["step"]) == (3, 4)
     assert {key: first[key] for key in METRICS} == METRICS
-    assert first["tokens_per_second"] == pytest.approx(6000 / 2.001)  # evaluation is not training
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.step(METRICS | {"step": 5, "entropy": float("nan")})
     assert len(rows(run.dir / "metrics.jsonl")) == 2
@@ -86,7 +85,7 @@ def test_tensorboard_holds_the_same_numbers(run):
 
 def test_step_line_shows_what_was_measured():
     """A number that does not exist is shown as 0."""
-    line = step_line(METRICS | {"tokens_per_second": 12345.6})
+    line = metrics_line("step 3", METRICS | {"tokens_per_second": 12345.6})
     parts = line.split("  ")
     assert parts[:2] == ["step 3", "eval[math] 0.5"]
     assert {
@@ -103,7 +102,7 @@ def test_step_line_shows_what_was_measured():
         "generate 1.5s",
     } <= set(parts)
     assert "pack" not in line and "\n" not in line
-    assert step_line({"step": 0, "seconds": {}}) == "step 0"
+    assert metrics_line("step 0", {"step": 0, "seconds": {}}) == "step 0"
 
 
 def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
@@ -171,7 +170,7 @@ QUESTION = Question(NASTY, "7")
 
 def test_samples_keep_every_character(run):
     """A response with a line break, a null byte or half a character breaks the file or ends the run."""
-    run.samples("step_3", [sample(NASTY + "\n"), sample("\u2028")])
+    run.lines("step_3", [sample(NASTY + "\n").line, sample("\u2028").line])
     first, second = rows(run.dir / "samples" / "step_3.jsonl")
     expected = {"question": NASTY, "answer": "7", "prompt_ids": [1, 2], "response_ids": [3]}
     expected |= {"response": NASTY + "\n", "finish_reason": "stop", "reward": 1.0}
@@ -194,7 +193,7 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     run = Log(settings(tmp_path))
     run.say("ε")
-    run.close()
+    run.metrics.close()
     assert terminal.buffer.getvalue() == b"\\u03b5\n"
 
 
@@ -210,7 +209,7 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
 )
 def test_collapse_is_called_by_name(change, name):
     """A policy that says one thing for ever looks like any other line of numbers."""
-    line = step_line(METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
+    line = metrics_line("step 3", METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
     assert ("COLLAPSE? " + name in line) if name else ("COLLAPSE" not in line)
 
 
@@ -230,10 +229,10 @@ def test_existing_folder_is_left_alone(tmp_path):
         Log(settings(tmp_path))
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
     (tmp_path / "runs/a/thesis.tex").unlink()
-    Log(settings(tmp_path, seed=1, steps=3)).close()
+    Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
-    Log(settings(tmp_path, seed=1, steps=4)).close()  # longer is the same run
+    Log(settings(tmp_path, seed=1, steps=4)).metrics.close()  # longer is the same run
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
@@ -295,4 +294,4 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(Path, "write_text", full)
         with pytest.raises(UserError, match="No space left on device"):
             Log(settings(tmp_path))
-    Log(settings(tmp_path)).close()
+    Log(settings(tmp_path)).metrics.close()

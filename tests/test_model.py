@@ -5,7 +5,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import model
 import ppo
@@ -194,3 +194,21 @@ def test_fresh_value_head_is_seeded(folder):
     ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(1 / (heads[0].shape[1] + 1), rel=0.3)
+
+
+def test_code_in_a_model_folder(tmp_path, monkeypatch):
+    """A model from the hub runs its author's Python on the cluster because somebody named it."""
+    monkeypatch.setenv("REMOTE_CODE_RAN", str(tmp_path / "ran"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    samples, batch = random_batch()
+    pack = ppo.make_pack(batch, [0, 4], "cpu")
+    path = tiny_models.make_model(tmp_path / "model", LlamaConfig)
+    expected = model.load_network("policy", path, torch.float32)(pack)[0]
+    tiny_models.bring_code(tmp_path / "model")
+    for kind in ("policy", "critic"):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            model.load_network(kind, path, torch.float32)
+    assert not (tmp_path / "ran").exists()
+    policy = model.load_network("policy", path, torch.float32, trust=True)
+    assert type(policy.hf).__name__ == "MineForCausalLM" and (tmp_path / "ran").exists()
+    assert torch.equal(policy(pack)[0], expected)

@@ -254,7 +254,16 @@ def test_a_firewall_between_the_workers(both, tmp_path):
     try:
         program = ("-c", FIXED_PORT)
         process = start(both[0], tmp_path, "--phase_timeout=15", "--max_restarts=0", program=program)
-        check_end(both, process, 75, "TimeoutError", "setup", "phase_timeout=15", "ranks [0, 1]")
+        check_end(
+            both,
+            process,
+            75,
+            "TimeoutError",
+            "setup",
+            "phase_timeout=15",
+            "rank 0 at 10.0.0.",
+            "1 at 10.0.0.",
+        )
     finally:
         for host in both:
             ip("-n", host.name, "rule", "del", "pref", "1")

@@ -18,7 +18,9 @@ from data.load import load_questions
 
 ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
 CONFIGS = sorted(
-    p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "load", "debug")
+    p
+    for p in (ROOT / "configs").glob("*.py")
+    if p.stem not in ("__init__", "base", "load", "debug", "eval_only")
 )
 ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
 
@@ -268,7 +270,7 @@ def write_step(run, step, results, choices=None):
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
         sample.line = sample_line(sample, prompts[sample.question].question)
-    Log.samples(SimpleNamespace(dir=run), f"step_{step}", samples)
+    Log.lines(SimpleNamespace(dir=run), f"step_{step}", (sample.line for sample in samples))
 
 
 def test_hard_questions_of_a_run(tmp_path):

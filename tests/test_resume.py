@@ -200,7 +200,7 @@ def test_a_hung_worker(tmp_path, undisturbed):
     wait_for_step(process, tmp_path / "a", 2)
     workers_of(process)[0].suspend()
     code, out, err = finish(process, deadline=3 * DEADLINE)
-    assert code == 0 and "error: TimeoutError" in out and "phase_timeout=100 s on ranks" in out, out + err
+    assert code == 0 and "error: TimeoutError" in out and "phase_timeout=100 s on rank" in out, out + err
     assert out.count("\nrestart ") == 1 and not left_behind(process, tmp_path)
     check_same(tmp_path / "a", undisturbed)
 

@@ -100,6 +100,8 @@ def test_share_of_labels():
 NEAR = [  # what the rules for sets in words, absolute values, sentences and units must not let through, and what they must
     ("(C) or (D) 12", "(C)", False),
     ("C, D 12", "(C)", False),
+    ("C. 12 or 13", "C", False),
+    ("C. (12, 13)", "C", True),
     ("(C) 12 (D) 13", "(C)", False),
     ("(D) 12", "(C)", False),
     ("Yes, no", "Yes", False),

@@ -99,3 +99,39 @@ class PlainCritic(torch.nn.Module):
         ids = torch.tensor([*prompt_ids, *response_ids])
         hidden = self.model(input_ids=ids[None]).last_hidden_state[0]
         return self.value_head(hidden[len(prompt_ids) - 1 : -1]).squeeze(-1)
+
+
+CONFIG_CODE = """
+import os
+from transformers import LlamaConfig
+
+open(os.environ.get("REMOTE_CODE_RAN", os.devnull), "a").write("ran")
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+"""
+MODEL_CODE = """
+from transformers import LlamaForCausalLM, LlamaModel
+
+from .configuration_mine import MineConfig
+
+
+class MineModel(LlamaModel):
+    config_class = MineConfig
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def bring_code(path):
+    """Turn a Llama folder into one of an architecture that only its own Python files know."""
+    (path / "configuration_mine.py").write_text(CONFIG_CODE)
+    (path / "modeling_mine.py").write_text(MODEL_CODE)
+    classes = {"AutoConfig": "configuration_mine.MineConfig", "AutoModel": "modeling_mine.MineModel"}
+    classes["AutoModelForCausalLM"] = "modeling_mine.MineForCausalLM"
+    config = json.loads((path / "config.json").read_text())
+    # vLLM has this architecture under its old name
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": classes}))
