@@ -218,7 +218,9 @@ def test_read_tasks_reports_what_it_drops(tmp_path):
         "train_data": ["a", "b"],
         "eval_data": ["some/held.out.jsonl"],
     }
-    cfg = SimpleNamespace(prompt_template="User: {question}", max_prompt_tokens=10, **settings)
+    cfg = SimpleNamespace(
+        trust_remote_code=False, prompt_template="User: {question}", max_prompt_tokens=10, **settings
+    )
     short, long = Question("1+1", "2"), Question("1+1+1+1+1+1", "6")
     data = {"a": [short, long, short], "b": [short], "some/held.out.jsonl": [short, short]}
     tasks = read_tasks(cfg, data, log)
