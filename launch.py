@@ -480,7 +480,7 @@ def run(cfg):
             code = 128 + signal.Signals[str(stopped)]
         workers.save()
         workers.export(tasks.tokenizer)
-        log.say(f"{end}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}")
+        log.say(f"{end}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}; another --name starts anew")
         return code
     except UserError:
         log.discard()

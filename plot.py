@@ -38,7 +38,7 @@ def draw(runs, out):
         if axis.lines:
             axis.legend(fontsize=8)
     for share in (axes[0, 0], axes[0, 2], axes[1, 2]):
-        share.set_ylim(0, 1)
+        share.set_ylim(-0.02, 1.02)
     axes[0, 1].set_ylim(bottom=0)
     axes[1, 1].set_ylim(-1, 1)  # an untrained critic explains less than nothing, far less at times
     figure.savefig(f"{out}.tmp", format="png", dpi=110)
