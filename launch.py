@@ -488,7 +488,7 @@ def run(cfg):
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]  # of a death Ray names the node
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # of a death Ray names the node
         log.say(f"error: {reason} (see {log.dir}/error.txt)")
         return os.EX_TEMPFAIL if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
     finally:

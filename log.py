@@ -27,7 +27,7 @@ LINE = """accuracy pass_at_k majority_at_k reward response_tokens cut_off entrop
 # What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
-    name versions""".split()
+    name versions trust_remote_code""".split()
 
 
 class Log:
