@@ -1,6 +1,6 @@
 """This project beside TRL's GRPOTrainer on the same work, step by step in turns, on CPU.
 
-python bench/vs_trl.py [--steps=5] [--cases=tiny,smollm2] [--workers=2]     writes bench/results/vs_trl.json
+python bench/vs_trl.py [--steps=5] [--cases=tiny,smollm2] [--workers=2]     writes bench/results/vs_trl_CASES.json
 
 In:   the tiny model (128 responses x 64 tokens) and SmolLM2-135M (64 x 64), both in fp32: the same prompts, number of
       samples, response lengths, dtype, learning rate, and random 0/1 rewards on both sides.
@@ -8,9 +8,10 @@ Out:  seconds of a step of either, one after the other in one run, after one of 
       First GRPO without a critic on both sides; then this project's whole PPO step with its critic beside the same TRL.
 
 TRL 1.16 is installed into bench/.venv, with this environment's torch and transformers. It generates with Hugging Face
-there: its vLLM mode does not run on a CPU (it fails at the weight sync). It trains the tiny model's responses as one batch,
-SmolLM2's 8 at a time (gradient accumulation), without gradient checkpointing, with its default loss (dapo: one mean over all tokens, as here), beta=0, one update a batch and so
-no pass for old log-probs. Its process sleeps during our turn, and ours during its.
+there: its vLLM mode does not run on a CPU (it fails at the weight sync). It trains the tiny model's responses as one
+batch, SmolLM2's 8 at a time (gradient accumulation), without gradient checkpointing, with its default loss (dapo: one
+mean over all tokens, as here), beta=0, one update a batch and so no pass for old log-probs. Its process sleeps during
+our turn, and ours during its.
 
 Issue 6 asks for SmolLM2 in bf16. Where the processor has no AVX-512 torch's bf16 backward is many times slower than its
 fp32 (measured here too: "linear_gflops"), for either side; --dtype=bfloat16 runs it all the same. TRL's weights and
@@ -249,7 +250,7 @@ def main():
             ]
             row = result["cases"][case][side] = compare(python, arguments, options.steps, AT_ONCE[case])
             print(case, side, json.dumps(row), flush=True)
-    step.write("vs_trl", result)
+    step.write(f"vs_trl_{options.cases.replace(',', '_')}", result)
 
 
 if __name__ == "__main__":
