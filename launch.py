@@ -97,6 +97,7 @@ def train(cfg, workers, tasks, log):
             raise Stopped(workers.stop_signal)
 
 
+# The columns of evaluate()'s table: the first three are means over a question's samples.
 SCORES = ("accuracy", "response_tokens", "cut_off", "pass_at_k", "majority_at_k")
 
 
@@ -108,8 +109,8 @@ def evaluate(cfg, workers, tasks, log, step):
     results, k = {}, cfg.eval_samples
     for name, prompts in tasks.eval.items():
         samples = workers.generate("eval", prompts, k, step)
-        each = np.array([[s.reward, len(s.response_ids), s.finish_reason == "length"] for s in samples])
-        each = each.reshape(-1, k, 3)  # [questions, k, 3]
+        rows = [[s.reward, len(s.response_ids), s.finish_reason == "length"] for s in samples]
+        each = np.array(rows).reshape(-1, k, 3)  # [questions, k, 3]
         votes = [majority_reward(samples[i : i + k]) for i in range(0, len(samples), k)]
         scores = np.column_stack([each.mean(1), each[:, :, 0].max(1), votes])  # [questions, 5]
         results[name] = response_metrics(samples) | dict(zip(SCORES, scores.mean(0).tolist()))
@@ -159,7 +160,7 @@ def rng_for(*parts):
 def trained(cfg):
     """The networks that learn, and the folders they start from."""
     kinds = {"policy": cfg.model} | ({"critic": cfg.critic_model} if cfg.advantage == "gae" else {})
-    return kinds if cfg.steps else {}
+    return {} if cfg.eval_only else kinds
 
 
 # ---- The Workers -------------------------------------------------------------------------------------------------
@@ -465,7 +466,7 @@ def run(cfg):
     try:
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
-        if workers.on_gpu and cfg.steps:
+        if workers.on_gpu and not cfg.eval_only:
             command = [sys.executable, ROOT / "plan.py", *sys.argv[1:], f"--model={cfg.model}"]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))

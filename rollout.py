@@ -100,7 +100,8 @@ class Rollout:
             written.update(type(self.model).load_weights(self.model, iterator))
             return written
 
-        self.model.load_weights = load  # reload_weights only warns about what was not written; we refuse
+        # In place until the next sync: reload_weights only warns about what was not written; we refuse.
+        self.model.load_weights = load
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         if not self.on_gpu:
             repack_tied_head(self.model)
