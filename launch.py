@@ -147,8 +147,9 @@ def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
 
     plans, order = [], rng_for(cfg.seed, step, purpose).permutation(len(batch.lengths))
     for part in np.array_split(order, num_updates):
-        plan = ppo.pack(batch.lengths[part], cfg.max_tokens_per_pack, cfg.workers, hidden_size)
-        plans.append([[part[local].tolist() for local in packs] for packs in plan])
+        bundles, sizes = ppo.bundle(batch, part, cfg.max_tokens_per_pack // 8)
+        plan = ppo.pack(sizes, cfg.max_tokens_per_pack, cfg.workers, hidden_size)
+        plans.append([[[i for b in local for i in bundles[b]] for local in packs] for packs in plan])
     return plans
 
 
@@ -219,8 +220,7 @@ class Worker:
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
         if self.rank % cfg.tensor_parallel == 0:
-            cores = len(os.sched_getaffinity(0)) * cfg.tensor_parallel // cfg.workers
-            self.grader = Grader(max(1, min(cores, 8)))
+            self.grader = Grader(max(1, min(os.cpu_count() * cfg.tensor_parallel // cfg.workers, 8)))
         return sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
 
     def interrupt(self):

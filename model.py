@@ -1,16 +1,20 @@
 """The networks: a packed policy (token log-probs, entropy) and a packed critic (token values).
 
-In:   a pack, i.e. several prompt+response sequences laid end to end without padding, and the positions to predict from.
+In:   a pack, i.e. several samples laid end to end without padding; those of one question share its prompt.
 Out:  one number per response token: log π(a_t|s_t) and the entropy of π(·|s_t), or V(s_t).
 
-    input_ids   p p p r r r r | p p r r | p p p p r r r       [T]  three sequences, prompts p, responses r
-    positions       ^ ^ ^ ^       ^ ^           ^ ^ ^         [N]  s_t ends here; the token after it is a_t
+    input_ids   p p r r r r r r p p p r r     [T]  samples a and b of one question, c of another: prompts p, responses r
+                a         b     c
+    sample      its queries, what it adds      its keys, all its tokens      positions: s_t ends here
+    a           0 1 2 3 4                      0 1 2 3 4                     1 2 3
+    b           5 6 7                          0 1 5 6 7                     1 5 6
+    c           8 9 10 11 12                   8 9 10 11 12                  10 11
 
-Both are Hugging Face models (any architecture with a plain linear head) whose attention sees one sequence at a
-time and whose vocabulary projection is never materialised as [N, V]. This file knows nothing of PPO, Ray or vLLM.
+Both are Hugging Face models (any architecture with a plain linear head) whose attention sees one sample at a time and
+whose vocabulary projection is never materialised as [N, V]. This file knows nothing of PPO, Ray or vLLM.
 
-Shapes: T tokens of a pack, N response tokens of it, B sequences, L longest of them, H hidden, V vocabulary,
-        A attention heads, D size of one head.
+Shapes: T tokens of a pack, N response tokens of it, B samples, K the sum of their lengths and L the longest of them,
+        H hidden, V vocabulary, A attention heads, D size of one head.
 """
 
 import glob
@@ -28,36 +32,39 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 MAX_LOGITS = 2**28
 
 
-def packed_attention(_, query, key, value, mask, scaling, cu_seqlens, max_seqlen, sliding_window=None, **__):
-    """Causal attention inside each sequence of a pack, in the signature that transformers calls.
+def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=None, **__):
+    """Causal attention inside each sample of a pack, in the signature that transformers calls.
 
-    query [1, A, T, D], key and value [1, A_kv, T, D], cu_seqlens int32 [B + 1]; returns [1, T, A, D] and no weights.
+    query [1, A, T, D], key and value [1, A_kv, T, D]; returns [1, T, A, D] and no weights. A sample's last query stands at
+    its last key.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D]
+    key, value = key[pack["keys"]], value[pack["keys"]]  # [K, A_kv, D]
     how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    spans, longest = (pack["cu_seqlens_q"], pack["cu_seqlens_k"]), pack["max_seqlen"]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
         # tokens seen to the left and to the right
         how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
-        spans = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen_attn(query, key, value, *spans, **how)[None], None
+        return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
 
     # CPU: pad on the right, where a causal query never looks, and drop the padding again.
-    real = torch.arange(max_seqlen) < cu_seqlens.diff()[:, None]  # [B, L]
+    places, (queries, keys) = torch.arange(longest), (cu_seqlens.diff()[:, None] for cu_seqlens in spans)
+    # the last key that a query sees
+    newest = (places + keys - queries).clamp(max=longest - 1)[..., None]  # [B, L, 1]
+    mask = (places <= newest) & (places > newest - (sliding_window or longest))  # [B, L, L]
 
-    def padded(x):
-        out = x.new_zeros(*real.shape, *x.shape[1:])  # [B, L, A, D]
-        out[real] = x  # at once: pad_sequence writes row by row, and its backward copies everything for each
+    def padded(x, lengths):
+        out = x.new_zeros(len(lengths), longest, *x.shape[1:])  # [B, L, A, D]
+        out[places < lengths] = (
+            x  # at once: pad_sequence writes row by row, and its backward copies all for each
+        )
         return out.transpose(1, 2)  # [B, A, L, D]
 
-    query, key, value = padded(query), padded(key), padded(value)
-    mask = None
-    if sliding_window is not None and sliding_window < max_seqlen:
-        mask = torch.ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - sliding_window)  # [L, L]
-    # [B, A, L, D]
-    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **how)
-    return out.transpose(1, 2)[real][None], None  # [1, T, A, D]
+    query, key, value = padded(query, queries), padded(key, keys), padded(value, keys)
+    out = F.scaled_dot_product_attention(query, key, value, mask[:, None], **how)  # [B, A, L, D]
+    return out.transpose(1, 2)[places < queries][None], None  # [1, T, A, D]
 
 
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
@@ -80,9 +87,10 @@ class LogprobHead(nn.Linear):
     def forward(self, hidden, targets, temperature):
         """hidden [N, H], targets [N] → log-probs and entropy, both fp32 [N]."""
         size = max(1, MAX_LOGITS // len(self.weight))
-        chunks = zip(hidden.split(size), targets.split(size))
+        *chunks, last = zip(hidden.split(size), targets.split(size))
         fixed = (self.weight, self.bias, temperature)
         results = [checkpoint(token_logprobs, h, t, *fixed, use_reentrant=False) for h, t in chunks]
+        results.append(token_logprobs(*last, *fixed))  # backward begins here: these logits may as well stay
         return tuple(map(torch.cat, zip(*results)))
 
 
@@ -97,7 +105,7 @@ class Policy(nn.Module):
     def forward(self, pack, temperature=1.0):
         """Returns log π(a_t|s_t) and the entropy of π(·|s_t) at this temperature, both fp32 [N]."""
         hidden = hidden_states(self.hf.base_model, pack)  # [N, H]
-        return self.hf.get_output_embeddings()(hidden, pack["input_ids"][pack["positions"] + 1], temperature)
+        return self.hf.get_output_embeddings()(hidden, pack["targets"], temperature)
 
 
 class Critic(nn.Module):
@@ -120,8 +128,7 @@ class Critic(nn.Module):
 def hidden_states(backbone, pack):
     """The last hidden states at `positions`, [N, H]: the head runs on response tokens only."""
     ids, positions = pack["input_ids"][None], pack["position_ids"][None]  # [1, T]
-    spans = {"cu_seqlens": pack["cu_seqlens"], "max_seqlen": pack["max_seqlen"]}
-    out = backbone(input_ids=ids, position_ids=positions, use_cache=False, **spans)
+    out = backbone(input_ids=ids, position_ids=positions, use_cache=False, pack=pack)
     return out.last_hidden_state[0][pack["positions"]]  # [N, H]
 
 

@@ -50,24 +50,21 @@ class Sample:
 class Batch:
     """All samples of a step as flat arrays: one object that Ray shares without copying on every node.
 
-    tokens int32 [ΣT] (each prompt followed by its response), prompt_lens and response_lens int64 [B], rewards
+    tokens int32 [ΣT] (each prompt followed by its response), questions, prompt_lens and response_lens int64 [B], rewards
     fp32 [B], and fp32 arrays over response tokens [N]: logprobs (the sampler's), then, as the step goes on, values,
     advantages, returns, and where a setting needs them old_logprobs and ref_logprobs.
     """
 
     def __init__(self, samples):
         self.tokens = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
+        self.questions = np.array([s.question for s in samples])
         self.prompt_lens = np.array([len(s.prompt_ids) for s in samples])
         self.response_lens = np.array([len(s.response_ids) for s in samples])
         self.rewards = np.array([s.reward for s in samples], np.float32)
         self.logprobs = np.concatenate([s.logprobs for s in samples], dtype=np.float32)
         self.lengths = self.prompt_lens + self.response_lens
-        self.token_ends = np.cumsum(self.lengths)
-        self.response_ends = np.cumsum(self.response_lens)
-
-    def response(self, i):
-        """Where sample i stands in the [N] arrays."""
-        return slice(self.response_ends[i] - self.response_lens[i], self.response_ends[i])
+        self.token_starts = np.cumsum(self.lengths) - self.lengths
+        self.response_starts = np.cumsum(self.response_lens) - self.response_lens
 
 
 # ---- Packing -----------------------------------------------------------------------------------------------------
@@ -87,23 +84,32 @@ def pack(lengths, budget, ranks, hidden_size):
     lengths = np.asarray(lengths)
     if lengths.max(initial=0) > budget:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
-    packs = best_fit(lengths, budget)
-    num_packs = -(-len(packs) // ranks) * ranks
-    for slack in (1.002, 1.01, 1.03):  # the same number of packs, as evenly filled as they get
-        evened = best_fit(lengths, min(budget, max(lengths.max(), slack * lengths.sum() / num_packs)))
-        if len(evened) <= num_packs:
-            packs = evened
-            break
+    num_packs = -(-len(best_fit(lengths, budget)) // ranks) * ranks
+    # As evenly filled as they get without being more.
+    fills = (slack * lengths.sum() / num_packs for slack in (1.002, 1.01, 1.03, np.inf))
+    tries = (best_fit(lengths, min(budget, max(lengths.max(), fill))) for fill in fills)
+    packs = next(packs for packs in tries if len(packs) <= num_packs)
     packs += [[] for _ in range(num_packs - len(packs))]
     cost = lengths * (1 + lengths / (12 * hidden_size))
     work = np.array([cost[indices].sum() for indices in packs])
-    order = np.argsort(-work, kind="stable")
     plan, load = [[] for _ in range(ranks)], np.zeros(ranks)
-    for meeting in order.reshape(-1, ranks):
+    for meeting in np.argsort(-work, kind="stable").reshape(-1, ranks):
         for rank, i in zip(np.argsort(load, kind="stable"), meeting):
             plan[rank].append(packs[i])
             load[rank] += work[i]
     return plan
+
+
+def bundle(batch, samples, capacity):
+    """Samples of one question, which will share its prompt: as many together as `capacity` tokens hold.
+
+    samples [B], indices; returns lists of indices, and how many tokens each list has.
+    """
+    samples, bundles = samples[np.argsort(batch.questions[samples], kind="stable")], []
+    for group in np.split(samples, np.flatnonzero(np.diff(batch.questions[samples])) + 1):
+        room = capacity - batch.prompt_lens[group[0]]
+        bundles += [group[together].tolist() for together in best_fit(batch.response_lens[group], room)]
+    return bundles, [batch.prompt_lens[b[0]] + batch.response_lens[b].sum() for b in bundles]
 
 
 def best_fit(lengths, capacity):
@@ -120,28 +126,37 @@ def best_fit(lengths, capacity):
 
 
 def make_pack(batch, indices, device, fields=()):
-    """The tensors of one pack: what the networks read, and `fields` of the batch, fp32 [N of this pack].
+    """The tensors of one pack: what the networks read (model.py), and `fields` of the batch, fp32 [N of this pack].
 
-    An empty list of samples gives a pack of two tokens to predict nothing from: it takes part in every collective
-    and adds exactly nothing.
+    Samples of one question share its prompt, which stands in the pack once. `where` [N] are the places of its response
+    tokens in the batch. An empty list of samples gives a prompt to predict nothing from: it takes part in every
+    collective and adds exactly nothing.
     """
-    lengths = batch.lengths[indices] if indices else np.array([2])
-    sequences = [batch.tokens[batch.token_ends[i] - batch.lengths[i] : batch.token_ends[i]] for i in indices]
-    input_ids = np.concatenate(sequences or [np.zeros(2, np.int32)])
-    ends = np.cumsum(lengths)
-    # s_t of the first response token ends at the last prompt token, hence the −1.
-    positions = [np.arange(end - batch.response_lens[i], end) - 1 for i, end in zip(indices, ends)]
-    result = {
-        "input_ids": torch.from_numpy(input_ids).long(),  # [T]
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]),  # [T], restarting
-        "cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32),  # [B + 1]
-        "positions": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *positions])),  # [N]
+    samples = indices or [0]
+    lengths = (batch.lengths if indices else batch.prompt_lens)[samples]  # [B]
+    ends, questions = np.cumsum(lengths), batch.questions[samples]  # [B]
+    # every token of every sample, and whose it is
+    token, i = np.arange(ends[-1]), np.repeat(samples, lengths)  # [K]
+    offset = token - np.repeat(ends - lengths, lengths)  # [K], in its sample
+    response = offset >= batch.prompt_lens[i]  # [K]
+    first = (questions[:, None] == questions).argmax(1)  # [B]: the first sample of the same question
+    # the token that stands for it in the pack, and how many stay so far
+    copy = np.where(response, token, np.repeat((ends - lengths)[first], lengths) + offset)  # [K]
+    kept = np.cumsum(copy == token)  # [K]
+    ids = batch.tokens[batch.token_starts[i] + offset].astype(np.int64)  # [K]
+    arrays = {
+        "input_ids": ids[copy == token],  # [T]
+        "position_ids": offset[copy == token],  # [T]
+        "keys": kept[copy] - 1,  # [K]
+        "cu_seqlens_q": np.array([0, *kept[ends - 1]], np.int32),  # [B + 1]
+        "cu_seqlens_k": np.array([0, *ends], np.int32),  # [B + 1]
+        "positions": kept[copy][np.flatnonzero(response) - 1] - 1,  # [N]: s_t ends one token before a_t
+        "targets": ids[response],  # [N]
+        "where": (batch.response_starts[i] + offset - batch.prompt_lens[i])[response],  # [N]
     }
-    for field in fields:
-        values = [getattr(batch, field)[batch.response(i)] for i in indices]
-        result[field] = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *values]))  # [N]
-    result = {name: tensor.to(device, non_blocking=True) for name, tensor in result.items()}
-    return result | {"max_seqlen": int(max(lengths))}
+    arrays |= {field: getattr(batch, field)[arrays["where"]] for field in fields}
+    pack = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    return pack | {"max_seqlen": int(max(lengths))}
 
 
 # ---- Advantages and losses ---------------------------------------------------------------------------------------
@@ -171,7 +186,7 @@ def token_rewards(batch, kl_coef=0.0):
     if kl_coef:
         rewards -= kl_coef * (batch.old_logprobs - batch.ref_logprobs)
     answered = batch.response_lens > 0
-    rewards[batch.response_ends[answered] - 1] += batch.rewards[answered]
+    rewards[(batch.response_starts + batch.response_lens)[answered] - 1] += batch.rewards[answered]
     return rewards
 
 
@@ -215,6 +230,7 @@ class Learner:
     def __init__(self, kind, cfg, path, device, dtype):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.kind, self.cfg, self.device = kind, cfg, device
         self.updates = 0  # so far; it follows from the step
@@ -235,6 +251,8 @@ class Learner:
         settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
         network = model.load_network(kind, path, dtype, *settings)
         del partition_while_loading
+        for module in network.modules():  # the weights of a layer come and go together
+            deepspeed.utils.set_z3_leaf_module(module, isinstance(module, GradientCheckpointingLayer))
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
         self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
         how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
@@ -251,8 +269,7 @@ class Learner:
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
             out = self.engine(pack) if self.kind == "critic" else self.engine(pack, self.cfg.temperature)[0]
-            for i, result in zip(indices, out.split(batch.response_lens[indices].tolist())):
-                results[batch.response(i)] = result
+            results[pack["where"]] = out
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 

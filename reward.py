@@ -335,40 +335,23 @@ def response_stats(response: str) -> dict[str, float]:
 # -- Grader: a pool of processes ----------------------------------------------------------------------------------
 
 
-OUTCOMES = "graded cut_off no_answer by_string by_number by_value refused timed_out backstop crashed".split()
-
-
 class Grader:
     """A pool of grading processes: `submit` returns a Future of 1.0, or of 0.0, also if an item hangs or crashes twice.
 
     Processes are plain `python reward.py`, each used by one thread at a time: nothing of the parent (Ray, torch,
-    its __main__) is inherited or imported, and the clock of an item starts when its process starts it.
+    its __main__) is inherited or imported, and the clock of an item starts when its process starts it. They end
+    with the Grader, or with the process that has it. Its counts: graded, and of these cut_off, no_answer, by_string,
+    by_number, by_value, refused, timed_out (CPU time), backstop (wall clock) and crashed.
     """
 
     def __init__(self, num_processes: int = 2):
         self.threads = ThreadPoolExecutor(num_processes)
         self.idle = deque([None] * num_processes)  # that wait for an item; None is yet to be started
-        self.counts = Counter(dict.fromkeys(OUTCOMES, 0))
+        self.counts = Counter()
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
         """Grade one response."""
         return self.threads.submit(self._grade, response, reference, finish_reason, choices)
-
-    def stats(self) -> dict[str, int]:
-        """Counts so far: graded, and of these each outcome; timed_out is CPU time, backstop is wall clock."""
-        return dict(self.counts)
-
-    def close(self, *_) -> None:
-        """Finish what was submitted, then end every process."""
-        self.threads.shutdown()
-        for process in filter(None, self.idle):
-            with process:
-                process.kill()
-
-    def __enter__(self):
-        return self
-
-    __exit__ = close
 
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> float:
         answer = extract_answer(response) if finish_reason == "stop" else ""

@@ -38,7 +38,8 @@ class Rollout:
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            enable_prefix_caching=True,  # one prefill for all samples of a prompt
+            # Samples of a prompt share its prefill, by whole blocks of tokens: 16 on a GPU, but 128 on a CPU if not told
+            block_size=None if self.on_gpu else 32,
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
@@ -89,6 +90,8 @@ class Rollout:
         Raises SyncError unless every tensor was taken, every parameter written and, where they can be read back
         as they were sent (one GPU an engine; CPU kernels repack them), their checksums agree.
         """
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
         written, sent = set(), []
 
         def counted():
@@ -103,8 +106,11 @@ class Rollout:
         # In place until the next sync: reload_weights only warns about what was not written; we refuse.
         self.model.load_weights = load
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
-        if not self.on_gpu:
-            repack_tied_head(self.model)
+        head = getattr(self.model, "lm_head", None)
+        if head is not None and not self.on_gpu and self.model.config.tie_word_embeddings:
+            dispatch_cpu_unquantized_gemm(
+                head, False
+            )  # else it keeps the old weights, packed for its kernels
         self.llm.reset_prefix_cache()
         missing = {name for name, _ in self.model.named_parameters()} - written
         if missing or not sent:
@@ -128,15 +134,6 @@ def checksum(tensor):
     """Sum and sum of squares in fp64, without an fp64 copy."""
     total, norm = tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return torch.stack([total, norm**2])
-
-
-def repack_tied_head(vllm_model):
-    """On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps its old packing after a reload."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    head = getattr(vllm_model, "lm_head", None)
-    if head is not None and vllm_model.config.tie_word_embeddings:
-        dispatch_cpu_unquantized_gemm(head, False)
 
 
 def end_tokens(path):

@@ -215,24 +215,29 @@ def looped_pack(batch, indices):
     """make_pack's tensors token by token."""
     import torch
 
-    ids, position_ids, positions, bounds, values = [], [], [], [0], []
+    names = "input_ids position_ids keys positions targets where values".split()
+    pack, bounds = {name: [] for name in names}, {"cu_seqlens_q": [0], "cu_seqlens_k": [0]}
+    prompts = {}  # question → places of its prompt
     for i in indices:
-        begin, prompt = int(batch.token_ends[i] - batch.lengths[i]), int(batch.prompt_lens[i])
-        first = int(batch.response_ends[i] - batch.response_lens[i])
+        begin, prompt_len = int(batch.token_starts[i]), int(batch.prompt_lens[i])
+        places = list(prompts.get(batch.questions[i], ()))
         for k in range(int(batch.lengths[i])):
-            ids.append(int(batch.tokens[begin + k]))
-            position_ids.append(k)
-            if k >= prompt:
-                positions.append(bounds[-1] + k - 1)
-                values.append(float(batch.values[first + k - prompt]))
-        bounds.append(len(ids))
-    return {
-        "input_ids": torch.tensor(ids),
-        "position_ids": torch.tensor(position_ids),
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "positions": torch.tensor(positions),
-        "values": torch.tensor(values),
-    }
+            if k >= len(places):
+                places.append(len(pack["input_ids"]))
+                pack["input_ids"].append(int(batch.tokens[begin + k]))
+                pack["position_ids"].append(k)
+            pack["keys"].append(places[k])
+            if k >= prompt_len:
+                where = int(batch.response_starts[i]) + k - prompt_len
+                pack["positions"].append(places[k - 1])
+                pack["targets"].append(int(batch.tokens[begin + k]))
+                pack["where"].append(where)
+                pack["values"].append(float(batch.values[where]))
+        prompts[batch.questions[i]] = places[:prompt_len]
+        bounds["cu_seqlens_q"].append(len(pack["input_ids"]))
+        bounds["cu_seqlens_k"].append(len(pack["keys"]))
+    tensors = {name: torch.tensor(values) for name, values in pack.items()}
+    return tensors | {name: torch.tensor(ends, dtype=torch.int32) for name, ends in bounds.items()}
 
 
 def make_packs(repeats, batch):
@@ -361,15 +366,15 @@ def grading(repeats):
     import reward
 
     items, source = answers(random.Random(0))
-    with reward.Grader(2) as grader:
-        for future in [grader.submit(items[0][0], "0.5") for _ in range(8)]:
-            future.result()  # the processes have started
-        row, ours, plain = in_turns(
-            repeats,
-            lambda: [future.result() for future in [grader.submit(*item) for item in items]],
-            lambda: [reward.grade(*item) for item in items],
-        )
-        stats = grader.stats()
+    grader = reward.Grader(2)
+    for future in [grader.submit(items[0][0], "0.5") for _ in range(8)]:
+        future.result()  # the processes have started
+    row, ours, plain = in_turns(
+        repeats,
+        lambda: [future.result() for future in [grader.submit(*item) for item in items]],
+        lambda: [reward.grade(*item) for item in items],
+    )
+    stats = grader.counts
     return row | {
         "responses": len(items),
         "characters_each": len(items[0][0]),

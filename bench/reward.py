@@ -192,15 +192,17 @@ def throughput(references, count=8192, processes=2):
     for response, _ in items:
         reward.response_stats(response)
     stats_seconds = time.process_time() - start
-    with reward.Grader(processes) as grader:
-        for _ in range(4 * processes):  # the processes start
-            grader.submit(items[0][0], "0.5").result()
-        before, cpu = time.monotonic(), os.times()
-        futures = [grader.submit(*item) for item in items]
-        right = sum(future.result() for future in futures)
-        seconds = time.monotonic() - before
-        own_cpu = os.times().user + os.times().system - cpu.user - cpu.system
-        stats = grader.stats()
+    grader = reward.Grader(processes)
+    for _ in range(4 * processes):  # the processes start
+        grader.submit(items[0][0], "0.5").result()
+    before, cpu = time.monotonic(), os.times()
+    futures = [grader.submit(*item) for item in items]
+    right = sum(future.result() for future in futures)
+    seconds = time.monotonic() - before
+    own_cpu = os.times().user + os.times().system - cpu.user - cpu.system
+    stats = grader.counts
+    for process in filter(None, grader.idle):
+        process.communicate()  # it ends with its input, and then its CPU time counts
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "responses": count,

@@ -20,15 +20,16 @@ SPLITS = (1, 2, 4, 8)
 
 
 def make_batch(path):
-    """24 samples whose values, returns and advantages reach both sides of the value clip."""
+    """24 samples, 3 of each question, whose values, returns and advantages reach both sides of the value clip."""
     rng = np.random.default_rng(0)
     plain, samples = tiny_models.plain_policy(path), []
     for i, response_len in enumerate(RESPONSE_LENS):
-        ids = rng.integers(0, tiny_models.VOCABULARY, 3 + i % 5 + response_len).astype(np.int32)
-        prompt, response = np.split(ids, [len(ids) - response_len])
+        if i % 3 == 0:
+            prompt = rng.integers(0, tiny_models.VOCABULARY, 3 + i % 5).astype(np.int32)
+        response = rng.integers(0, tiny_models.VOCABULARY, response_len).astype(np.int32)
         with torch.no_grad():
             logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
-        samples.append(ppo.Sample(i, prompt, response, logprobs, "", "stop", float(i % 3 == 0)))
+        samples.append(ppo.Sample(i // 3, prompt, response, logprobs, "", "stop", float(i % 3 == 0)))
     batch = ppo.Batch(samples)
     n = len(batch.logprobs)
     batch.values = rng.normal(0, 0.3, n).astype(np.float32)
@@ -146,7 +147,9 @@ def learner_checks(path, batch):
         before, good = weights(spoilt), getattr(batch, field or "logprobs")
         bad = good.copy()
         if field:
-            bad[batch.response(0)] = np.nan if name == "not finite" else good[batch.response(0)] - 1
+            bad[tiny_models.place(batch, 0)] = (
+                np.nan if name == "not finite" else good[tiny_models.place(batch, 0)] - 1
+            )
         terms = policy_terms if field else infinite
         with mock.patch.object(batch, field or "logprobs", bad), pytest.raises(error) as caught:
             with mock.patch.object(ppo.Learner, "policy_terms", terms):
@@ -215,7 +218,7 @@ def plain_updates(kind, path, samples, batch, plans, max_grad_norm, lr=1e-3):
         num_tokens = sum(len(samples[i].response_ids) for i in indices)
         loss = 0.0
         for i in indices:
-            place, sample = batch.response(i), samples[i]
+            place, sample = tiny_models.place(batch, i), samples[i]
             if kind == "policy":
                 logprobs = tiny_models.plain_logprobs(network, sample.prompt_ids, sample.response_ids)[0]
                 ratio = (logprobs - logprobs.detach()).exp()

@@ -17,14 +17,15 @@ def folder(request, tmp_path_factory):
     return tiny_models.make_model(path, **tiny_models.KINDS[request.param])
 
 
-def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12))):
-    """Samples of (prompt, response) tokens; some longer than the sliding window."""
+def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12), (9, 8), (3, 0), (9, 4))):
+    """Samples of (prompt, response) tokens; some longer than the sliding window; prompts of one length are the same."""
     rng = np.random.default_rng(0)
-    samples = []
-    for i, (prompt, response) in enumerate(lengths):
-        ids = rng.integers(0, tiny_models.VOCABULARY, prompt + response).astype(np.int32)
-        logprobs = np.zeros(response, np.float32)
-        samples.append(ppo.Sample(i, ids[:prompt], ids[prompt:], logprobs, "", "stop"))
+    samples, prompts = [], {}
+    for prompt_len, response_len in lengths:
+        ids = rng.integers(0, tiny_models.VOCABULARY, prompt_len + response_len).astype(np.int32)
+        prompt = prompts.setdefault(prompt_len, ids[:prompt_len])
+        logprobs = np.zeros(response_len, np.float32)
+        samples.append(ppo.Sample(prompt_len, prompt, ids[prompt_len:], logprobs, "", "stop"))
     return samples, ppo.Batch(samples)
 
 
@@ -48,15 +49,15 @@ def assert_same_gradients(first, second):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkpointing, monkeypatch):
-    """Sequences of a pack that see each other, positions that run on, a tied head whose gradient is lost in one of
-    its two places, a temperature that the gradient forgets."""
+    """Samples of a pack that see each other, positions that run on, a shared prompt that gets one sample's gradient, a
+    tied head whose gradient is lost in one of its two places, a temperature that the gradient forgets."""
     monkeypatch.setattr(model, "MAX_LOGITS", 5 * tiny_models.VOCABULARY)  # several chunks
     samples, batch = random_batch()
-    order = [3, 1, 4, 0, 2]
+    order = [3, 7, 1, 4, 0, 2, 6, 5]
     weights = torch.randn(len(batch.logprobs), generator=torch.Generator().manual_seed(1))
     policy = model.load_network("policy", folder, torch.float32, checkpointing)
     logprobs, entropy = policy(ppo.make_pack(batch, order, "cpu"), temperature)
-    places = np.concatenate([np.arange(len(weights))[batch.response(i)] for i in order])
+    places = np.concatenate([np.arange(len(weights))[tiny_models.place(batch, i)] for i in order])
     (logprobs * weights[places]).sum().backward()
 
     plain = tiny_models.plain_policy(folder)
@@ -75,7 +76,7 @@ def test_packed_critic_equals_one_sequence_at_a_time(folder):
     """A value read one token late, which is the value after the action that it should judge."""
     samples, batch = random_batch()
     critic = model.load_network("critic", folder, torch.float32, seed=3)
-    order = [2, 0, 3, 4, 1]
+    order = [2, 6, 0, 3, 5, 7, 4, 1]
     values = critic(ppo.make_pack(batch, order, "cpu"))
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
     (values * weights).sum().backward()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import launch
 import ppo
 
 EXACT = settings(deadline=None, derandomize=True, max_examples=100)
@@ -60,15 +61,18 @@ def test_gae_of_orz_is_reward_minus_value(lengths, seed):
     np.testing.assert_allclose(returns, reward_of_token, atol=1e-5)
 
 
-def make_batch(response_lens, rewards=None, prompt_len=3):
-    """Token ids count up from 0 over the whole batch, so that a token names its place."""
-    samples, token = [], 0
+def make_batch(response_lens, rewards=None, prompt_len=3, questions=None):
+    """Token ids count up from 0 over the whole batch, so that a token names its place, and that of its log-prob; a
+    prompt of a question that came before is that question's."""
+    samples, prompts, token = [], {}, 0
     for i, length in enumerate(response_lens):
         ids = np.arange(token, token + prompt_len + length, dtype=np.int32)
         token += len(ids)
+        question = i if questions is None else questions[i]
+        prompt = prompts.setdefault(question, ids[:prompt_len])
         reward = float(rewards[i]) if rewards is not None else 0.0
         logprobs = -ids[prompt_len:].astype(np.float32)
-        samples.append(ppo.Sample(i, ids[:prompt_len], ids[prompt_len:], logprobs, "", "stop", reward))
+        samples.append(ppo.Sample(question, prompt, ids[prompt_len:], logprobs, "", "stop", reward))
     return ppo.Batch(samples)
 
 
@@ -241,46 +245,92 @@ def test_packing_at_the_edges():
     data=st.data(),
 )
 def test_pack_contents(response_lens, prompt_len, data):
-    """Positions off by one: then a token is predicted from itself. Fields that belong to another sample."""
-    batch = make_batch(response_lens, prompt_len=prompt_len)
-    indices = data.draw(st.permutations(range(len(response_lens))).map(lambda order: order[:4]))
+    """Positions off by one: then a token is predicted from itself. Fields that belong to another sample; a response
+    that reads another question's prompt, or its sister's response; a prompt that stands there twice."""
+    count = len(response_lens)
+    questions = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    batch = make_batch(response_lens, prompt_len=prompt_len, questions=questions)
+    indices = data.draw(st.permutations(range(count)).map(lambda order: order[:4]))
     pack = ppo.make_pack(batch, list(indices), "cpu", ["logprobs"])
-    assert pack["input_ids"].dtype == torch.int64 and pack["cu_seqlens"].dtype == torch.int32
+    assert pack["input_ids"].dtype == pack["targets"].dtype == torch.int64
+    assert pack["cu_seqlens_q"].dtype == pack["cu_seqlens_k"].dtype == torch.int32
+    prompts = {questions[i] for i in indices}
+    assert len(pack["input_ids"]) == prompt_len * len(prompts) + sum(response_lens[i] for i in indices)
+    ids, keys = pack["input_ids"].numpy(), pack["keys"].numpy()
+    bounds = [pack["cu_seqlens_" + side].tolist() for side in "qk"]
+    positions, targets, where = [], [], []
+    for n, i in enumerate(indices):
+        (first_query, last_query), (first, last) = (bound[n : n + 2] for bound in bounds)
+        seen, start = keys[first:last], sum(prompt_len + length for length in response_lens[:i])
+        prompt = prompt_len * questions.index(questions[i]) + sum(
+            response_lens[: questions.index(questions[i])]
+        )
+        response = list(range(start + prompt_len, start + prompt_len + response_lens[i]))
+        assert ids[seen].tolist() == [*range(prompt, prompt + prompt_len), *response]
+        assert pack["position_ids"][seen].tolist() == list(range(len(seen)))
+        # Its queries are the last of its keys.
+        queries = list(range(first_query, last_query))
+        assert seen[len(seen) - len(queries) :].tolist() == queries and len(queries) >= len(response)
+        positions += seen[prompt_len - 1 : -1].tolist()
+        targets += response
+        where += [token - prompt_len * (i + 1) for token in response]
     # In make_batch token ids and log-probs both name the token's place, so each can be checked on its own.
-    targets = pack["input_ids"][pack["positions"] + 1]
-    expected = [token for i in indices for token in response_tokens(batch, i)]
-    assert targets.tolist() == expected
-    assert (-pack["logprobs"]).tolist() == expected
-    start = 0
-    for i, end in zip(indices, pack["cu_seqlens"].tolist()[1:]):
-        first = batch.token_ends[i] - batch.lengths[i]
-        assert pack["input_ids"][start:end].tolist() == list(range(first, batch.token_ends[i]))
-        assert pack["position_ids"][start:end].tolist() == list(range(end - start))
-        start = end
+    assert pack["positions"].tolist() == positions and pack["targets"].tolist() == targets
+    assert (-pack["logprobs"]).tolist() == targets and pack["where"].tolist() == where
     assert pack["max_seqlen"] == max(batch.lengths[i] for i in indices)
-
-
-def response_tokens(batch, i):
-    """The token ids of response i in make_batch, from lengths alone."""
-    end = sum(int(p) + int(r) for p, r in zip(batch.prompt_lens[: i + 1], batch.response_lens[: i + 1]))
-    return range(end - int(batch.response_lens[i]), end)
 
 
 def test_empty_pack_predicts_nothing():
     """A rank without work must still run the network: tokens to read, none to predict."""
     pack = ppo.make_pack(make_batch([2, 3]), [], "cpu", ["logprobs"])
-    assert len(pack["input_ids"]) == 2 and pack["cu_seqlens"].tolist() == [0, 2]
-    assert len(pack["positions"]) == len(pack["logprobs"]) == 0
+    assert len(pack["input_ids"]) == 3 and pack["cu_seqlens_q"].tolist() == [0, 3]
+    assert len(pack["positions"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
 
 
-def test_batch_finds_each_response():
-    """Empty responses shift everything after them by one."""
-    batch = make_batch([2, 0, 3], [1, 0, 0.0])
-    assert [batch.logprobs[batch.response(i)].tolist() for i in range(3)] == [
-        [-3.0, -4.0],
-        [],
-        [-11.0, -12.0, -13.0],
-    ]
+@EXACT
+@given(
+    response_lens=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    capacity=st.integers(1, 40),
+    data=st.data(),
+)
+def test_bundles(response_lens, capacity, data):
+    """A sample lost; one that shares another question's prompt; a bundle so large that no pack is even."""
+    count = len(response_lens)
+    questions = data.draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
+    batch = make_batch(response_lens, questions=questions)
+    part = data.draw(st.permutations(range(count)).map(lambda order: order[: count // 2 + 1]))
+    bundles, sizes = ppo.bundle(batch, np.array(part), capacity)
+    assert sorted(i for samples in bundles for i in samples) == sorted(part)
+    for samples, size in zip(bundles, sizes, strict=True):
+        assert len({questions[i] for i in samples}) == 1
+        assert size == len(ppo.make_pack(batch, samples, "cpu")["input_ids"])
+        assert size <= capacity or len(samples) == 1
+    # No two bundles of a question would go into one.
+    by_question = {q: [n for n, s in enumerate(bundles) if questions[s[0]] == q] for q in questions}
+    for same in by_question.values():
+        assert all(sizes[m] + sizes[n] - 3 > capacity for m in same for n in same if m < n)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 32, 128])
+def test_packing_of_shared_prompts(ranks):
+    """What sharing saves must not be lost again by waiting for the slowest rank."""
+    lengths, rng = orz_lengths(0), np.random.default_rng(0)
+    prompt_lens = rng.integers(60, 400, 128).repeat(64)
+    batch = SimpleNamespace(questions=np.arange(128).repeat(64), prompt_lens=prompt_lens)
+    batch.lengths = np.maximum(lengths, prompt_lens + 1)
+    batch.response_lens = batch.lengths - prompt_lens
+    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=ranks, seed=1)
+    (plan,) = launch.split_plans(cfg, batch, 1, 1, "policy", HIDDEN)
+    assert sorted(i for packs in plan for indices in packs for i in indices) == list(range(8192))
+
+    def shared_work(indices):
+        """In units of a token, as `work`; the queries of a prompt are the first of its samples' alone."""
+        later = [i for n, i in enumerate(indices) if batch.questions[i] in batch.questions[indices[:n]]]
+        return work(batch.lengths[indices]).sum() - work(prompt_lens[later]).sum()
+
+    per_rank = np.array([sum(map(shared_work, packs)) for packs in plan])
+    assert per_rank.max() <= 1.03 * per_rank.mean(), per_rank.max() / per_rank.mean()
+    assert per_rank.max() < work(batch.lengths).sum() / ranks
 
 
 def test_group_advantages_against_loops():

@@ -126,6 +126,11 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
+def place(batch, i):
+    """Where response i stands in the batch's arrays over response tokens."""
+    return slice(batch.response_starts[i], batch.response_starts[i] + batch.response_lens[i])
+
+
 def bring_code(path):
     """Turn a Llama folder into one of an architecture that only its own Python files know."""
     (path / "configuration_mine.py").write_text(CONFIG_CODE)
