@@ -68,7 +68,7 @@ def train(cfg, workers, tasks, log):
             rewards = ppo.token_rewards(batch, cfg.kl_coef)
             unscaled, batch.returns = ppo.gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
             batch.advantages = ppo.normalise(unscaled)
-            unexplained, variance = (batch.returns - batch.values).var(), batch.returns.var()
+            unexplained, variance = unscaled.var(), batch.returns.var()  # R − V is Â before normalising
             metrics["explained_var"] = float(1 - unexplained / variance) if variance > 0 else None
 
             # Critic: each sample once, split at random into critic_updates_per_step updates.
@@ -142,7 +142,10 @@ def response_metrics(samples):
 
 
 def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
-    """The samples split at random into num_updates parts, each packed: plans[update][rank][i] = indices of a pack."""
+    """The samples split at random into num_updates parts, each packed: plans[update][rank][i] = indices of a pack.
+
+    Samples of a question go together to share its prompt, up to an eighth of a pack: larger pieces fill packs unevenly.
+    """
     import ppo
 
     plans, order = [], rng_for(cfg.seed, step, purpose).permutation(len(batch.lengths))

@@ -45,7 +45,7 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
-        # tokens seen to the left and to the right
+        # tokens seen to the left and to the right; here, too, the last query stands at the last key
         how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
 
