@@ -477,7 +477,8 @@ def run(cfg):
         try:
             workers.start()
             log.cut(workers.step)
-            log.say(f"{log.dir}: {workers.num_parameters:,} parameters learn, from step {workers.step + 1}")
+            learn = f"{workers.num_parameters:,} parameters learn, from step {workers.step + 1}"
+            log.say(f"{log.dir}: {cfg.model} on {cfg.workers} workers, {learn}")
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
             end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"

@@ -38,8 +38,8 @@ class Rollout:
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            # Samples of a prompt share its prefill, by whole blocks of tokens: 16 on a GPU, but 128 on a CPU if not told
-            block_size=None if self.on_gpu else 32,
+            enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
+            block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
@@ -59,6 +59,7 @@ class Rollout:
         from vllm.sampling_params import RequestOutputKind
 
         torch.manual_seed(seed)
+        self.llm.reset_prefix_cache()  # of older weights; and of prompts that a resumed run has not seen
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -90,8 +91,6 @@ class Rollout:
         Raises SyncError unless every tensor was taken, every parameter written and, where they can be read back
         as they were sent (one GPU an engine; CPU kernels repack them), their checksums agree.
         """
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
         written, sent = set(), []
 
         def counted():
@@ -108,10 +107,10 @@ class Rollout:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         head = getattr(self.model, "lm_head", None)
         if head is not None and not self.on_gpu and self.model.config.tie_word_embeddings:
-            dispatch_cpu_unquantized_gemm(
-                head, False
-            )  # else it keeps the old weights, packed for its kernels
-        self.llm.reset_prefix_cache()
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            # On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps the old ones after a reload.
+            dispatch_cpu_unquantized_gemm(head, False)
         missing = {name for name, _ in self.model.named_parameters()} - written
         if missing or not sent:
             raise SyncError(f"the weight sync sent {len(sent)} tensors and left unwritten: {sorted(missing)}")

@@ -17,8 +17,12 @@ import ppo
 import rollout
 
 TEMPERATURES = (0.6, 1.0)
-SETTINGS = {"max_prompt_tokens": 32, "max_response_tokens": 24, "stop": ["a", "b1", "xy", "</"], "seed": 3}
-PROMPTS = [[(7 * i + 3 * k) % 90 for k in range(2 + i % 7)] for i in range(24)]
+SETTINGS = {"max_prompt_tokens": 64, "max_response_tokens": 24, "stop": ["a", "b1", "xy", "</"], "seed": 3}
+# Every third begins with the same block, which vLLM keeps: not for other weights, nor from one call to the next.
+BLOCK = [(11 * k) % 90 for k in range(40)]
+PROMPTS = [
+    (BLOCK if i % 3 == 0 else []) + [(7 * i + 3 * k) % 90 for k in range(2 + i % 7)] for i in range(24)
+]
 
 
 def sample(engine, seed, temperature=1.0):
