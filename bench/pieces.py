@@ -103,16 +103,20 @@ def lengths_like_orz(rng, count=RESPONSES):
 
 
 def batch_like_orz(rng, lengths):
-    """A ppo.Batch of such responses, with values, advantages and returns."""
+    """A ppo.Batch of such responses, 64 to a question, with values, advantages and returns."""
     import ppo
 
-    def sample(length):
-        prompt = rng.integers(0, VOCABULARY, rng.integers(100, 300), np.int32)
+    prompts = [
+        rng.integers(0, VOCABULARY, n, np.int32) for n in rng.integers(100, 300, len(lengths) // 64 + 1)
+    ]
+
+    def sample(i, length):
+        prompt = prompts[i // 64]
         response = rng.integers(0, VOCABULARY, length, np.int32)
         logprobs = np.zeros(length, np.float32)
-        return ppo.Sample(0, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
+        return ppo.Sample(i // 64, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
 
-    batch = ppo.Batch([sample(length) for length in lengths])
+    batch = ppo.Batch([sample(i, length) for i, length in enumerate(lengths)])
     batch.values = rng.random(len(batch.logprobs), np.float32)
     batch.advantages = batch.returns = batch.values
     return batch
