@@ -82,7 +82,7 @@ def token_logprobs(hidden, targets, weight, bias, temperature):
 
 class LogprobHead(nn.Linear):
     """The vocabulary projection that goes straight to log-probs, a chunk of tokens at a time; backward computes the
-    logits again. Memory is one chunk of logits. One module, so that ZeRO-3 gathers the weight once."""
+    logits of all but the last again. Memory is one chunk of logits. One module, so that ZeRO-3 gathers the weight once."""
 
     def forward(self, hidden, targets, temperature):
         """hidden [N, H], targets [N] → log-probs and entropy, both fp32 [N]."""

@@ -70,6 +70,18 @@ class Batch:
 # ---- Packing -----------------------------------------------------------------------------------------------------
 
 
+def bundle(batch, samples, capacity):
+    """Samples of one question, which will share its prompt: as many together as `capacity` tokens hold.
+
+    samples [B], indices; returns lists of indices, and how many tokens each list has.
+    """
+    samples, bundles = samples[np.argsort(batch.questions[samples], kind="stable")], []
+    for group in np.split(samples, np.flatnonzero(np.diff(batch.questions[samples])) + 1):
+        room = capacity - batch.prompt_lens[group[0]]
+        bundles += [group[together].tolist() for together in best_fit(batch.response_lens[group], room)]
+    return bundles, [batch.prompt_lens[b[0]] + batch.response_lens[b].sum() for b in bundles]
+
+
 def pack(lengths, budget, ranks, hidden_size):
     """Put samples into packs of at most `budget` tokens, as many packs on every rank and the same work on each.
 
@@ -98,18 +110,6 @@ def pack(lengths, budget, ranks, hidden_size):
             plan[rank].append(packs[i])
             load[rank] += work[i]
     return plan
-
-
-def bundle(batch, samples, capacity):
-    """Samples of one question, which will share its prompt: as many together as `capacity` tokens hold.
-
-    samples [B], indices; returns lists of indices, and how many tokens each list has.
-    """
-    samples, bundles = samples[np.argsort(batch.questions[samples], kind="stable")], []
-    for group in np.split(samples, np.flatnonzero(np.diff(batch.questions[samples])) + 1):
-        room = capacity - batch.prompt_lens[group[0]]
-        bundles += [group[together].tolist() for together in best_fit(batch.response_lens[group], room)]
-    return bundles, [batch.prompt_lens[b[0]] + batch.response_lens[b].sum() for b in bundles]
 
 
 def best_fit(lengths, capacity):

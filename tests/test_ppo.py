@@ -1,10 +1,11 @@
-"""The formulas of ppo.py against themselves written as plain loops, and packing against its promises. torch only."""
+"""The formulas of ppo.py against themselves written as plain loops, and packing against its promises. No Ray, vLLM, DeepSpeed."""
 
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,6 +239,14 @@ def test_packing_at_the_edges():
         ppo.pack([3, 51, 4], 50, 1, HIDDEN)
 
 
+def draw_batch(data, response_lens, num_questions, prompt_len=3):
+    """A batch of these responses to questions drawn at random, the question of each, and the samples in some order."""
+    count = len(response_lens)
+    questions = data.draw(st.lists(st.integers(0, num_questions - 1), min_size=count, max_size=count))
+    batch = make_batch(response_lens, prompt_len=prompt_len, questions=questions)
+    return batch, questions, data.draw(st.permutations(range(count)))
+
+
 @EXACT
 @given(
     response_lens=st.lists(st.integers(0, 6), min_size=1, max_size=6),
@@ -247,10 +256,8 @@ def test_packing_at_the_edges():
 def test_pack_contents(response_lens, prompt_len, data):
     """Positions off by one: then a token is predicted from itself. Fields that belong to another sample; a response
     that reads another question's prompt, or its sister's response; a prompt that stands there twice."""
-    count = len(response_lens)
-    questions = data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
-    batch = make_batch(response_lens, prompt_len=prompt_len, questions=questions)
-    indices = data.draw(st.permutations(range(count)).map(lambda order: order[:4]))
+    batch, questions, order = draw_batch(data, response_lens, 3, prompt_len)
+    indices = order[:4]
     pack = ppo.make_pack(batch, list(indices), "cpu", ["logprobs"])
     assert pack["input_ids"].dtype == pack["targets"].dtype == torch.int64
     assert pack["cu_seqlens_q"].dtype == pack["cu_seqlens_k"].dtype == torch.int32
@@ -262,9 +269,8 @@ def test_pack_contents(response_lens, prompt_len, data):
     for n, i in enumerate(indices):
         (first_query, last_query), (first, last) = (bound[n : n + 2] for bound in bounds)
         seen, start = keys[first:last], sum(prompt_len + length for length in response_lens[:i])
-        prompt = prompt_len * questions.index(questions[i]) + sum(
-            response_lens[: questions.index(questions[i])]
-        )
+        first_asked = questions.index(questions[i])
+        prompt = prompt_len * first_asked + sum(response_lens[:first_asked])
         response = list(range(start + prompt_len, start + prompt_len + response_lens[i]))
         assert ids[seen].tolist() == [*range(prompt, prompt + prompt_len), *response]
         assert pack["position_ids"][seen].tolist() == list(range(len(seen)))
@@ -287,6 +293,16 @@ def test_empty_pack_predicts_nothing():
     assert len(pack["positions"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
 
 
+def test_batch_finds_each_response():
+    """Empty responses shift everything after them by one."""
+    batch = make_batch([2, 0, 3], [1, 0, 0.0])
+    assert [batch.logprobs[tiny_models.place(batch, i)].tolist() for i in range(3)] == [
+        [-3.0, -4.0],
+        [],
+        [-11.0, -12.0, -13.0],
+    ]
+
+
 @EXACT
 @given(
     response_lens=st.lists(st.integers(0, 9), min_size=1, max_size=30),
@@ -295,10 +311,8 @@ def test_empty_pack_predicts_nothing():
 )
 def test_bundles(response_lens, capacity, data):
     """A sample lost; one that shares another question's prompt; a bundle so large that no pack is even."""
-    count = len(response_lens)
-    questions = data.draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
-    batch = make_batch(response_lens, questions=questions)
-    part = data.draw(st.permutations(range(count)).map(lambda order: order[: count // 2 + 1]))
+    batch, questions, order = draw_batch(data, response_lens, 5)
+    part = order[: len(order) // 2 + 1]
     bundles, sizes = ppo.bundle(batch, np.array(part), capacity)
     assert sorted(i for samples in bundles for i in samples) == sorted(part)
     for samples, size in zip(bundles, sizes, strict=True):
