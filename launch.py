@@ -132,13 +132,17 @@ def majority_reward(samples):
     return max((s.reward for s, answer in zip(samples, answers) if answer == chosen), default=0.0)
 
 
+# Rewards of 0 for want of an answer that the grader could read in time
+UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
+
+
 def response_metrics(samples):
     """What responses were like; None for the length of those that do not exist."""
     rewards, lengths = np.array([[s.reward, len(s.response_ids)] for s in samples]).T
     metrics = {name: float(np.mean([s.stats[name] for s in samples])) for name in samples[0].stats}
     for part, which in (("", rewards >= 0), ("_right", rewards > 0), ("_wrong", rewards == 0)):
         metrics["response_tokens" + part] = float(lengths[which].mean()) if which.any() else None
-    return metrics | {"cut_off": float(np.mean([s.finish_reason == "length" for s in samples]))}
+    return metrics | {name: float(np.mean([s.graded == name for s in samples])) for name in UNGRADED}
 
 
 def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
@@ -254,7 +258,7 @@ class Worker:
                 question, how = prompt.question, sample.finish_reason
                 rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
         for index, future in rewards.items():
-            samples[index].reward = future.result()
+            samples[index].reward, samples[index].graded = future.result()
             samples[index].line = sample_line(samples[index], requests[index][1].question)
         ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
         return (samples if rewards else []), ids_hash

@@ -43,6 +43,7 @@ class Sample:
     text: str
     finish_reason: str  # "stop": it ended by itself; "length": it was cut off
     reward: float = 0.0
+    graded: str = ""  # how the reward was reached, one of reward.Grader's outcomes
     stats: dict | None = None  # reward.response_stats of the text
     line: str = ""  # all of it, as samples/ holds it
 

@@ -25,7 +25,7 @@ import signal
 import sys
 import unicodedata
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from subprocess import PIPE, Popen
 
@@ -336,32 +336,30 @@ def response_stats(response: str) -> dict[str, float]:
 
 
 class Grader:
-    """A pool of grading processes: `submit` returns a Future of 1.0, or of 0.0, also if an item hangs or crashes twice.
+    """A pool of grading processes: `submit` returns a Future of the reward, 1.0 or 0.0, and of how it was reached: cut_off,
+    no_answer, by_string, by_number, by_value, refused, timed_out (CPU time), backstop (wall clock), crashed (twice).
 
     Processes are plain `python reward.py`, each used by one thread at a time: nothing of the parent (Ray, torch,
     its __main__) is inherited or imported, and the clock of an item starts when its process starts it. They end
-    with the Grader, or with the process that has it. Its counts: graded, and of these cut_off, no_answer, by_string,
-    by_number, by_value, refused, timed_out (CPU time), backstop (wall clock) and crashed.
+    with the Grader, or with the process that has it.
     """
 
     def __init__(self, num_processes: int = 2):
         self.threads = ThreadPoolExecutor(num_processes)
         self.idle = deque([None] * num_processes)  # that wait for an item; None is yet to be started
-        self.counts = Counter()
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
         """Grade one response."""
         return self.threads.submit(self._grade, response, reference, finish_reason, choices)
 
-    def _grade(self, response: str, reference: str, finish_reason: str, choices) -> float:
+    def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[float, str]:
         answer = extract_answer(response) if finish_reason == "stop" else ""
         nothing = False, "no_answer" if finish_reason == "stop" else "cut_off"
         request = json.dumps([answer, reference, choices])
         verdict, outcome = self._ask(request) if answer else nothing
         if outcome == "crashed":  # perhaps it was killed from outside: once more, in a new process
             verdict, outcome = self._ask(request)
-        self.counts.update(("graded", outcome))  # one call into C, and so of one thread at a time
-        return float(verdict)
+        return float(verdict), outcome
 
     def _ask(self, request: str) -> tuple[bool, str]:
         """The verdict of a process. One that gives none is ended here, and the next item starts another."""

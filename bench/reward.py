@@ -20,6 +20,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -197,10 +198,9 @@ def throughput(references, count=8192, processes=2):
         grader.submit(items[0][0], "0.5").result()
     before, cpu = time.monotonic(), os.times()
     futures = [grader.submit(*item) for item in items]
-    right = sum(future.result() for future in futures)
+    rewards, outcomes = zip(*(future.result() for future in futures))
     seconds = time.monotonic() - before
     own_cpu = os.times().user + os.times().system - cpu.user - cpu.system
-    stats = grader.counts
     for process in filter(None, grader.idle):
         process.communicate()  # it ends with its input, and then its CPU time counts
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -211,8 +211,8 @@ def throughput(references, count=8192, processes=2):
         "seconds": round(seconds, 2),
         "parent_cpu_seconds": round(own_cpu, 2),
         "graders_cpu_seconds": round(children.ru_utime + children.ru_stime, 2),
-        "right": int(right),
-        "stats": stats,
+        "right": int(sum(rewards)),
+        "stats": Counter(outcomes),
         "response_stats_cpu_seconds": round(stats_seconds, 2),
         "load_average": os.getloadavg()[0],
     }

@@ -98,6 +98,7 @@ def stand_in(seconds, lengths, stats, text):
                     "text": (text * (4 * length // len(text) + 1))[: 4 * length],
                     "finish_reason": "stop",
                     "reward": float(i % 2),
+                    "graded": "by_value",
                     "stats": dict(stats),
                     "line": "",
                 }

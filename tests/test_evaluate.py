@@ -12,10 +12,11 @@ from data.load import Prompt, Question
 from ppo import Sample
 
 
-def sample(answer, reward, reason="stop", length=2):
+def sample(answer, reward, reason="stop", length=2, graded="by_number"):
     text = f"<think></think> <answer> \\boxed{{{answer}}} </answer>" if answer else "I give up"
     ids = np.zeros(length, np.int32)
-    return Sample(0, ids, ids, np.zeros(length, np.float32), text, reason, reward, {}, f'"{answer}"\n')
+    line = f'"{answer}"\n'
+    return Sample(0, ids, ids, np.zeros(length, np.float32), text, reason, reward, graded, {}, line)
 
 
 class Log:
@@ -86,6 +87,15 @@ def test_sets_and_questions_are_kept_apart():
     ]
     assert len(log.written["eval_a_7"]) == 6 and len(log.written["eval_b_7_questions"]) == 1
     assert [question for question, _ in log.shown] == ["a 0", "a 1", "b 0"]
+
+
+def test_what_was_not_graded_is_reported():
+    """A grader that gives up on every answer looks like a policy that learns nothing."""
+    outcomes = "by_value cut_off no_answer no_answer refused timed_out backstop crashed".split()
+    samples = [sample("42", 0.0, graded=outcome) for outcome in outcomes]
+    metrics = launch.response_metrics(samples)
+    shares = {"cut_off": 1, "no_answer": 2, "refused": 1, "timed_out": 1, "backstop": 1, "crashed": 1}
+    assert metrics == metrics | {outcome: count / 8 for outcome, count in shares.items()}
 
 
 @pytest.mark.soak

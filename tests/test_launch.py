@@ -115,8 +115,10 @@ def test_two_workers_learn_and_leave_everything(tmp_path):
     ):
         assert (tmp_path / "a" / file).stat().st_size > 0, file
     assert list((tmp_path / "a/tensorboard").iterdir())
-    sample = json.loads((tmp_path / "a/samples/step_1.jsonl").read_text().splitlines()[0])
-    assert {"question", "response", "response_ids", "reward", "finish_reason"} <= set(sample)
+    samples = [json.loads(line) for line in open(tmp_path / "a/samples/step_1.jsonl")]
+    assert {"question", "response", "response_ids", "reward", "finish_reason"} <= set(samples[0])
+    graded = [sample["graded"] for sample in samples]
+    assert "by_number" in graded and rows[1]["cut_off"] == graded.count("cut_off") / len(graded)
     check_exports(tmp_path / "a")
     code, out, err = run(tmp_path, "--name=a")
     assert (
