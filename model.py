@@ -57,9 +57,8 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
 
     def padded(x, lengths):
         out = x.new_zeros(len(lengths), longest, *x.shape[1:])  # [B, L, A, D]
-        out[places < lengths] = (
-            x  # at once: pad_sequence writes row by row, and its backward copies all for each
-        )
+        # at once: pad_sequence writes row by row, and its backward copies all for each
+        out[places < lengths] = x
         return out.transpose(1, 2)  # [B, A, L, D]
 
     query, key, value = padded(query, queries), padded(key, keys), padded(value, keys)

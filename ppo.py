@@ -218,11 +218,15 @@ def value_loss(values, old_values, returns, value_clip):
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
+# ---- The Learner -------------------------------------------------------------------------------------------------
+
+
+# Weights of a network that every rank keeps whole from pack to pack; beyond them a layer is gathered for each pack.
+KEPT_WHOLE = 5 * 10**8
+
+
 class DriftError(Exception):
     """Sampler and learner disagree about the same tokens: what would be trained on is not what was sampled."""
-
-
-# ---- The Learner -------------------------------------------------------------------------------------------------
 
 
 class Learner:
@@ -236,6 +240,7 @@ class Learner:
         self.kind, self.cfg, self.device = kind, cfg, device
         self.updates = 0  # so far; it follows from the step
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
+        kept = {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
         config = {
             "train_micro_batch_size_per_gpu": 1,
             # backward() accumulates over as many packs as there are; every step() is an update.
@@ -244,8 +249,8 @@ class Learner:
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
             # weights, gradients and optimizer states are each cut into one part per rank
-            # (the last: else torch's linear function is replaced in the whole process, for vLLM, too)
-            "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False},
+            # (memory_efficient_linear would replace torch's linear function in the whole process, for vLLM, too)
+            "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False} | kept,
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
