@@ -264,6 +264,8 @@ class Learner:
         how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
         optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how) if self.lr is not None else None
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+        # Those kept whole would be gathered after an update, one by one; now it is at their next use, layer by layer.
+        self.engine.optimizer.persistent_parameters = []
         self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.offload()
@@ -286,7 +288,7 @@ class Learner:
         Raises FloatingPointError or DriftError, on all ranks alike, instead of applying an update.
         """
         sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
-        report = [[packs[0][:4]] for packs in plans[0]]
+        report = [[packs[0][:2]] for packs in plans[0]]
         before = self.forward(batch, report) if self.kind == "policy" else None
         for plan in plans:
             metrics, grad_norm = self.accumulate(batch, plan), np.inf
@@ -436,6 +438,5 @@ class Learner:
             mine = {name.partition(".")[2]: name for name in saved if name.startswith(f"{i}.")}
             zero.optimizer.state[master] = {key: saved[name].to(self.device) for key, name in mine.items()}
             zero._reassign_or_swap_out_partitioned_parameters(i)  # the weights at work, from the fp32 ones
-        zero._post_step(set())  # small weights are kept whole on every rank
         self.updates = step * getattr(self.cfg, f"{self.kind}_updates_per_step")
         self.offload()
