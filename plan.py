@@ -34,6 +34,7 @@ FIELDS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads 
 OTHER = {
     "CUDA, NCCL, sleeping vLLM, fragmentation (a guess)": "4 * 2**30",
     "the reference model, which stays there": "(kl_coef > 0) * size * params / workers",
+    "its weights that are kept whole (KEPT_WHOLE)": "(kl_coef > 0) * (workers > 1) * size * min(params, 5 * 10**8)",
 }
 GENERATE = OTHER | {
     "vLLM's weights": "size * params / tensor_parallel",

@@ -101,10 +101,11 @@ def test_32b_on_128_gpus_by_hand():
 
 def test_critic_head_and_reference():
     """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
-    name = "the reference model, which stays there"
+    name, whole = "the reference model, which stays there", "its weights that are kept whole (KEPT_WHOLE)"
     without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
     for phase in without:
-        assert without[phase][name] == 0
+        assert without[phase][name] == without[phase][whole] == 0
+        assert with_kl[phase][whole] == pytest.approx(2 * 0.5 / 1.073741824)
         assert with_kl[phase][name] == pytest.approx(2 * 7.615616512 / 32 / 1.073741824)
 
 
