@@ -132,7 +132,7 @@ def majority_reward(samples):
     return max((s.reward for s, answer in zip(samples, answers) if answer == chosen), default=0.0)
 
 
-# Rewards of 0 for want of an answer that the grader could read in time
+# Ways to a reward on which no answer was read: their shares are metrics
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
 
 
