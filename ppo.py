@@ -221,7 +221,8 @@ def value_loss(values, old_values, returns, value_clip):
 # ---- The Learner -------------------------------------------------------------------------------------------------
 
 
-# Weights of a network that every rank keeps whole from pack to pack; beyond them a layer is gathered for each pack.
+# Weights of a network that every rank keeps whole from pack to pack, 1 GB in 16 bits; all others are gathered for each
+# pack, layer by layer. Half of DeepSpeed's stage3_max_live_parameters, so that it may still fetch a layer ahead.
 KEPT_WHOLE = 5 * 10**8
 
 
@@ -264,7 +265,8 @@ class Learner:
         how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
         optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how) if self.lr is not None else None
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
-        # Those kept whole would be gathered after an update, one by one; now it is at their next use, layer by layer.
+        # These are kept whole. DeepSpeed would gather them after each update, one by one; left to their next use, they
+        # come layer by layer.
         self.engine.optimizer.persistent_parameters = []
         self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

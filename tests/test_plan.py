@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import plan
+import ppo
 from configs.load import ROOT, UserError, load
 
 PARAMETERS = {  # as the hub states them for each model's safetensors
@@ -101,6 +102,7 @@ def test_32b_on_128_gpus_by_hand():
 
 def test_critic_head_and_reference():
     """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
+    assert ppo.KEPT_WHOLE == 5 * 10**8  # plan.py has it, too: it imports no torch
     name, whole = "the reference model, which stays there", "its weights that are kept whole (KEPT_WHOLE)"
     without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
     for phase in without:
