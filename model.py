@@ -71,12 +71,13 @@ ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 def token_logprobs(hidden, targets, weight, bias, temperature):
     """log softmax(h Wᵀ + b)[target] and the entropy: hidden [C, H], weight [V, H], targets [C] → both fp32 [C]."""
-    logits = F.linear(hidden, weight, bias).float() / temperature  # [C, V]
-    log_z = logits.logsumexp(-1)  # [C]
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    logits = F.linear(hidden, weight, bias).float()  # [C, V]
+    if temperature != 1:  # at 1 a copy less of the largest tensor there is
+        logits = logits / temperature
+    logprobs = logits.log_softmax(-1)  # [C, V]
     with torch.no_grad():  # it is reported, not optimised
-        entropy = log_z - ((logits - log_z[:, None]).exp_() * logits).sum(-1)  # H = log Z − Σ p·logit
-    return logprobs, entropy
+        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)  # H = −Σ p log p
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
 class LogprobHead(nn.Linear):

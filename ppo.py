@@ -256,7 +256,7 @@ class Learner:
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)
         settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
-        network = model.load_network(kind, path, dtype, *settings)
+        network = self.network = model.load_network(kind, path, dtype, *settings)
         del partition_while_loading
         for module in network.modules():  # the weights of a layer come and go together
             deepspeed.utils.set_z3_leaf_module(module, isinstance(module, GradientCheckpointingLayer))
@@ -268,7 +268,6 @@ class Learner:
         # These are kept whole. DeepSpeed would gather them after each update, one by one; left to their next use, they
         # come layer by layer.
         self.engine.optimizer.persistent_parameters = []
-        self.network = self.engine.module
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.offload()
 
@@ -413,8 +412,7 @@ class Learner:
     def move_optimizer(self, device):
         """Move the fp32 weights and AdamW's moments: DeepSpeed's own mover wants FusedAdam, which needs nvcc."""
         for _, tensor in self.optimizer_state():
-            if tensor.dim() > 0:
-                tensor.data = tensor.data.to(device)
+            tensor.data = tensor.data.to(device)
 
     # ---- Checkpoints: this rank's part in one file, which is no pickle -------------------------------------------
 

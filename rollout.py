@@ -79,11 +79,10 @@ class Rollout:
             state.logprobs_processor.tokenizer = None  # beside each log-prob nobody reads its token's text
         while self.engine.has_unfinished_requests() and not self.interrupted:
             for output in self.engine.step():
-                if output.finished:
-                    index, response = int(output.request_id), output.outputs[0]
-                    ids = np.array(response.token_ids, np.int32)
-                    logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
-                    yield index, ids, logprobs, response.text, response.finish_reason
+                index, response = int(output.request_id), output.outputs[0]
+                ids = np.array(response.token_ids, np.int32)
+                logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
+                yield index, ids, logprobs, response.text, response.finish_reason
 
     def load_weights(self, weights):
         """Replace all weights by `weights`, an iterator of (Hugging Face name, whole tensor).
