@@ -47,7 +47,7 @@ LEARNER = {
     "fp32 weights and Adam's two averages": "12 * n / workers",
     "fp32 gradients": "4 * n / workers",
     "weights gathered at once (DeepSpeed's default)": "(workers > 1) * size * min(n, 10**9)",
-    "gradients reduced at once (the same), and in fp32": "size * 5 * 10**8 + 4 * max(5 * 10**8, V * H)",
+    "gradients reduced at once, and in fp32": "size * 2 * 10**7 + 4 * max(2 * 10**7, V * H)",
     "activations of a layer": "alive * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
     "inputs of all layers": "gradient_checkpointing * size * max_tokens_per_pack * L * H",
 }
