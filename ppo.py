@@ -241,9 +241,12 @@ class Learner:
         self.kind, self.cfg, self.device = kind, cfg, device
         self.updates = 0  # so far; it follows from the step
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
-        sizes = {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
-        # gradients summed over the ranks together: the default, 5 * 10**8, takes 3 GB more
-        sizes["reduce_bucket_size"] = 2 * 10**7
+        # Weights, gradients and optimizer states are each cut into one part per rank; 20 million gradients are summed over
+        # the ranks at once: the default, 500 million, takes 3 GB more. (memory_efficient_linear would replace torch's
+        # linear function in the whole process, for vLLM, too.)
+        zero = {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False}
+        zero["reduce_bucket_size"] = 2 * 10**7
+        zero |= {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
         config = {
             "train_micro_batch_size_per_gpu": 1,
             # backward() accumulates over as many packs as there are; every step() is an update.
@@ -251,10 +254,7 @@ class Learner:
             "gradient_clipping": cfg.max_grad_norm,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
-            # weights, gradients and optimizer states are each cut into one part per rank
-            # (memory_efficient_linear would replace torch's linear function in the whole process, for vLLM, too)
-            "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False}
-            | sizes,
+            "zero_optimization": zero,
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         partition_while_loading = HfDeepSpeedConfig(config)

@@ -159,7 +159,7 @@ def test_constants_are_those_of_the_code():
 
     assert model.MAX_LOGITS == 2**28 and "min(2**28," in str(plan.HEAD)
     assert DeepSpeedZeroConfig(stage=3).max_live_parameters == 10**9 and "min(n, 10**9)" in str(plan.LEARNER)
-    assert 'sizes["reduce_bucket_size"] = 2 * 10**7\n' in inspect.getsource(ppo.Learner)
+    assert 'zero["reduce_bucket_size"] = 2 * 10**7\n' in inspect.getsource(ppo.Learner)
     assert "size * 2 * 10**7 +" in str(plan.LEARNER)
 
 
