@@ -90,7 +90,7 @@ class LogprobHead(nn.Linear):
         *chunks, last = zip(hidden.split(size), targets.split(size))
         fixed = (self.weight, self.bias, temperature)
         results = [checkpoint(token_logprobs, h, t, *fixed, use_reentrant=False) for h, t in chunks]
-        results.append(token_logprobs(*last, *fixed))  # backward begins here: these logits may as well stay
+        results.append(token_logprobs(*last, *fixed))  # backward begins here: these may as well stay
         return tuple(map(torch.cat, zip(*results)))
 
 

@@ -223,7 +223,8 @@ def value_loss(values, old_values, returns, value_clip):
 
 # Weights of a network that every rank keeps whole from pack to pack, 1 GB in 16 bits; all others are gathered for each
 # pack, layer by layer. Half of DeepSpeed's stage3_max_live_parameters, so that it may still fetch a layer ahead.
-KEPT_WHOLE = 5 * 10**8
+# And gradients that are summed over the ranks at once: DeepSpeed's default, 500 million, is a buffer of 1 GB in 16 bits.
+KEPT_WHOLE, REDUCED_AT_ONCE = 5 * 10**8, 2 * 10**7
 
 
 class DriftError(Exception):
@@ -241,11 +242,10 @@ class Learner:
         self.kind, self.cfg, self.device = kind, cfg, device
         self.updates = 0  # so far; it follows from the step
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
-        # Weights, gradients and optimizer states are each cut into one part per rank; 20 million gradients are summed over
-        # the ranks at once: the default, 500 million, takes 3 GB more. (memory_efficient_linear would replace torch's
-        # linear function in the whole process, for vLLM, too.)
+        # Weights, gradients and optimizer states are each cut into one part per rank.
+        # (memory_efficient_linear would replace torch's linear function in the whole process, for vLLM, too.)
         zero = {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False}
-        zero["reduce_bucket_size"] = 2 * 10**7
+        zero["reduce_bucket_size"] = REDUCED_AT_ONCE
         zero |= {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
         config = {
             "train_micro_batch_size_per_gpu": 1,
