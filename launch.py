@@ -433,9 +433,9 @@ def worker_env(cfg, on_gpu):
     if on_gpu:
         # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
         return env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    # Threads not bound to cores, else two Workers would share the same ones; a KV cache of 1 GiB.
+    # Threads not bound to cores, else two Workers would share the same ones.
     env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return env | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": str(os.cpu_count() // cfg.workers or 1)}
+    return env | {"OMP_NUM_THREADS": str(os.cpu_count() // cfg.workers or 1)}
 
 
 # ---- The run -----------------------------------------------------------------------------------------------------

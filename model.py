@@ -116,9 +116,8 @@ class Critic(nn.Module):
         self.model = model
         hidden_size = model.config.hidden_size
         self.value_head = nn.Linear(hidden_size, 1, bias=False, dtype=model.dtype)
-        generator = torch.Generator().manual_seed(seed)
-        initial = torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1)
-        self.value_head.weight.data.copy_(initial)  # as OpenRLHF and ORZ: std 1 / (H + 1)
+        generator, std = torch.Generator().manual_seed(seed), 1 / (hidden_size + 1)  # OpenRLHF's and ORZ's
+        nn.init.normal_(self.value_head.weight, std=std, generator=generator)
 
     def forward(self, pack):
         """Returns V(s_t), fp32 [N]."""

@@ -10,6 +10,7 @@ first engine, the next tp the second. Every rank of such a group holds a schedul
 calls with the same prompts and the same seed. Every vLLM call of this project is in this file.
 """
 
+import gc
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Rollout:
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
         self.interrupted = False  # set from another thread where the run is to end
-        rng = torch.get_rng_state()  # building an engine reseeds its host's generators
+        gc.freeze()  # vLLM looks for garbage again and again as it starts: not through all that has been imported
         self.llm = LLM(
             path,
             dtype=str(dtype).removeprefix("torch."),
@@ -38,6 +39,7 @@ class Rollout:
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if self.on_gpu else 2**29,
             enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
             block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
             enable_sleep_mode=self.on_gpu,
@@ -45,7 +47,6 @@ class Rollout:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
             generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
         )
-        torch.set_rng_state(rng)
         self.engine = self.llm.llm_engine
         self.end_tokens = end_tokens(path)
         self.model = self.llm.apply_model(lambda model: model)[0]

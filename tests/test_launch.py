@@ -20,6 +20,17 @@ QUICK = [
     "--eval_every=-1",
     "--max_response_tokens=48",
 ]
+STEPS = 6
+RUN = [  # of the fixture `undisturbed`: six steps of the demo on two Workers, with a checkpoint after each
+    f"--steps={STEPS}",
+    "--workers=2",
+    "--prompts_per_step=8",
+    "--samples_per_prompt=8",
+    "--max_response_tokens=48",
+    "--eval_every=3",
+    "--eval_samples=1",
+    "--save_every=1",
+]
 DEADLINE = 300  # seconds, ten times what a quick run takes here
 
 
@@ -81,20 +92,9 @@ def workers_of(process):
     return [child for child in children if "ray::Worker" in " ".join(child.cmdline())]
 
 
-def test_two_workers_learn_and_leave_everything(tmp_path):
+def test_two_workers_learn_and_leave_everything(undisturbed):
     """Guards the whole: two ranks, from the command to the folders, with a reward that goes up."""
-    code, out, err = run(
-        tmp_path,
-        "--workers=2",
-        "--steps=6",
-        "--prompts_per_step=32",
-        "--policy_lr=1e-3",
-        "--eval_every=6",
-        "--eval_samples=1",
-        "--name=a",
-    )
-    assert code == 0, out + err
-    rows = metrics(tmp_path / "a")
+    rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[6]["eval"]["eval"]["accuracy"] > rows[0]["eval"]["eval"]["accuracy"] + 0.1
     assert rows[6]["response_tokens"] > rows[1]["response_tokens"]
@@ -113,17 +113,16 @@ def test_two_workers_learn_and_leave_everything(tmp_path):
         "policy/config.json",
         "critic/config.json",
     ):
-        assert (tmp_path / "a" / file).stat().st_size > 0, file
-    assert list((tmp_path / "a/tensorboard").iterdir())
-    samples = [json.loads(line) for line in open(tmp_path / "a/samples/step_1.jsonl")]
+        assert (undisturbed / file).stat().st_size > 0, file
+    assert list((undisturbed / "tensorboard").iterdir())
+    samples = [json.loads(line) for line in open(undisturbed / "samples/step_1.jsonl")]
     assert {"question", "response", "response_ids", "reward", "finish_reason"} <= set(samples[0])
     graded = [sample["graded"] for sample in samples]
     assert "by_number" in graded and rows[1]["cut_off"] == graded.count("cut_off") / len(graded)
-    check_exports(tmp_path / "a")
-    code, out, err = run(tmp_path, "--name=a")
-    assert (
-        code == 2 and "is a run with prompts_per_step=32, workers=2:" in err.splitlines()[-1]
-    )  # nothing is overwritten
+    check_exports(undisturbed)
+    code, out, err = run(undisturbed.parent, f"--name={undisturbed.name}")
+    other = "max_response_tokens=48, prompts_per_step=8, samples_per_prompt=8, workers=2:"
+    assert code == 2 and f"is a run with {other}" in err.splitlines()[-1]  # nothing is overwritten
 
 
 def check_exports(folder):

@@ -1,0 +1,13 @@
+"""What several files look at."""
+
+import pytest
+from test_launch import RUN, run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing disturbs; nobody changes it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = run(folder, "--name=a", *RUN)
+    assert code == 0, out + err
+    return folder / "a"
