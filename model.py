@@ -116,7 +116,7 @@ class Critic(nn.Module):
         self.model = model
         hidden_size = model.config.hidden_size
         self.value_head = nn.Linear(hidden_size, 1, bias=False, dtype=model.dtype)
-        generator, std = torch.Generator().manual_seed(seed), 1 / (hidden_size + 1)  # OpenRLHF's and ORZ's
+        generator, std = torch.Generator().manual_seed(seed), 1 / (hidden_size + 1)  # std as in OpenRLHF, ORZ
         nn.init.normal_(self.value_head.weight, std=std, generator=generator)
 
     def forward(self, pack):

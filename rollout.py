@@ -39,7 +39,7 @@ class Rollout:
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if self.on_gpu else 2**29,
+            kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # on a GPU, what that share leaves
             enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
             block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
             enable_sleep_mode=self.on_gpu,
