@@ -197,13 +197,15 @@ class Worker:
         import ray
 
         here, logs = ray.util.get_node_ip_address(), Path(self.cfg.out_dir, self.cfg.name, "logs")
-        if not logs.is_dir():
-            raise FileNotFoundError(f"node {here} does not see {self.cfg.out_dir}")
+        for folder in (logs, self.cfg.model, self.cfg.critic_model):
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(f"node {here} does not see {folder}")
         if lacking := sorted({*self.cfg.versions} - {*installed()}):
             raise ImportError(f"node {here} has not the driver's packages: {', '.join(lacking[:9])}")
         for stream in (1, 2):
             os.dup2(os.open(logs / f"worker_{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-        gpu = int((ray.get_gpu_ids() or [0])[0])
+        mine, visible = str((ray.get_gpu_ids() or [0])[0]), os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpu = visible.split(",").index(mine) if visible else int(mine)  # torch counts those that it sees
         # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
         cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
         where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": cards.get(here, "")}
@@ -241,16 +243,16 @@ class Worker:
             self.learners[owner].onload()
             self.owner = owner
 
-    def generate(self, questions, num_samples, seed, temperature, top_p):
-        """questions: (index, Prompt) each. Returns num_samples Samples of each in that order, and the hash of the sampled
-        ids; grading runs in other processes meanwhile. Ranks of one engine make the same call."""
+    def generate(self, questions, num_samples, *sampling):
+        """questions: (index, Prompt) each; sampling: seed, temperature, top_p. Returns num_samples Samples of each in that
+        order, and the hash of the sampled ids; grading runs in other processes meanwhile. Ranks of one engine make the
+        same call."""
         import ppo
 
         self.give_gpu_to("rollout")
         requests = [request for request in questions for _ in range(num_samples)]
         samples, rewards = [None] * len(requests), {}
-        prompts = [prompt.ids.tolist() for _, prompt in requests]
-        for index, *response in self.rollout.generate(prompts, seed, temperature, top_p):
+        for index, *response in self.rollout.generate([p.ids.tolist() for _, p in requests], *sampling):
             number, prompt = requests[index]
             sample = samples[index] = ppo.Sample(number, prompt.ids, *response)
             sample.stats = response_stats(sample.text)
@@ -265,7 +267,7 @@ class Worker:
 
     def learn(self, kind, method, *args):
         """A method of one Learner, which gets the GPU where it computes; rank 0 speaks for all."""
-        if method in ("forward", "update"):
+        if method in ("forward", "update", "load"):
             self.give_gpu_to(kind)
         result = getattr(self.learners[kind], method)(*args)
         return result if self.rank == 0 else None
@@ -319,7 +321,7 @@ class Workers:
         saved = checkpoints(cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
-            for kind in trained(cfg):
+            for kind in reversed(trained(cfg)):  # the policy last, as in a step
                 self.call("load", "learn", kind, "load", saved[self.step], self.step)
             self.call("sync", "sync")
         self.seconds = {}
@@ -340,29 +342,32 @@ class Workers:
         args = [arg if type(arg) is str else self.ray.put(arg) for arg in args]  # once, for all of them
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
-        start, longest = time.monotonic(), self.longest.get(phase, 0.0)
-        limit = self.cfg.phase_timeout or max(600.0, 10 * longest)
+        start, longest, results = time.monotonic(), self.longest.get(phase, 0.0), {}
+        limit = self.cfg.phase_timeout or max(600.0, 10 * (longest or 720.0))
         with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(phase, total=longest or None)  # of the longest so far
             while pending:
                 done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
                 try:
-                    self.ray.get(done)  # the first to fail speaks; the others may wait for it in a collective
+                    # The first to fail speaks; the others may wait for it in a collective.
+                    results |= zip(done, self.ray.get(done))
                 except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
                     time.sleep(3)  # or did it fail because another one is dying?
                     self.watch("address")
                     raise
                 bar.update(task, completed=time.monotonic() - start)
-                if self.stop_signal and phase in INTERRUPTIBLE:
+                # While the networks are those of the last step; an evaluation of new ones ends first.
+                if self.stop_signal and phase in INTERRUPTIBLE and "sync" not in self.seconds:
                     self.watch("interrupt")
-                    raise Stopped(self.stop_signal)  # the networks are still those of the last step
+                    if not pending:
+                        raise Stopped(self.stop_signal)
                 if pending and time.monotonic() - start > limit:
                     late = (f"{r} at {self.places[r][0]}" for r, ref in enumerate(refs) if ref in pending)
                     raise TimeoutError(f"{phase}: over phase_timeout={limit:.0f} s on rank {', '.join(late)}")
         seconds = time.monotonic() - start
         self.longest[phase] = max(longest, seconds)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        return self.ray.get(refs)
+        return [results[ref] for ref in refs]
 
     def generate(self, phase, prompts, num_samples, step):
         """num_samples responses to each of `prompts`, graded, in the order of the prompts."""
@@ -413,7 +418,8 @@ class Workers:
         if self.stop_signal:
             self.ray.shutdown()
             os._exit(128 + signum)
-        self.stop_signal = signal.Signals(signum).name
+        # No restart: Workers may die of the same signal.
+        self.stop_signal, self.cfg.max_restarts = signal.Signals(signum).name, 0
 
 
 def checkpoints(cfg):
@@ -464,8 +470,8 @@ def start_ray():
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def run(cfg):
-    """Everything between good settings and the exported networks. Returns the exit code."""
+def run(cfg, argv):
+    """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
@@ -474,7 +480,7 @@ def run(cfg):
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
         if workers.on_gpu and not cfg.eval_only:
-            command = [sys.executable, ROOT / "plan.py", *sys.argv[1:], f"--model={cfg.model}"]
+            command = [sys.executable, ROOT / "plan.py", *argv, f"--model={cfg.model}"]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))
         end, code = "done", 0
@@ -519,7 +525,7 @@ def main(argv):
         cfg = load(argv)
         if cfg.dry_run:
             return subprocess.call([sys.executable, ROOT / "plan.py", *argv])
-        if (code := run(cfg)) == os.EX_TEMPFAIL:
+        if (code := run(cfg, argv)) == os.EX_TEMPFAIL:
             start_again(cfg)
         return code
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a run writes and prints: metrics.jsonl, TensorBoard, curves.png, samples, progress bars, the step line.
+"""What a run writes and prints: metrics.jsonl, TensorBoard, curves.png, samples, the step line.
 
 In:   the settings, one dict of metrics per step; None where a number does not exist.
 Out:  files in the run's folder out_dir/NAME, which is made here; one line per step on the terminal.
@@ -39,7 +39,8 @@ class Log:
         config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
         try:
             found = {*os.listdir(self.dir)} if self.dir.exists() else set()
-            if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:
+            self.new = not found
+            if "config.json" not in found and found - {"samples", "logs", "metrics.jsonl", "config.tmp"}:
                 raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
             before = json.loads(config.read_text()) if config.exists() else settings
             changed = {name for name in settings if before.get(name) != settings[name]}.difference(MAY_CHANGE)
@@ -48,10 +49,10 @@ class Log:
                 raise UserError(f"{self.dir} is a run with {values}: choose another --name")
             for folder in ("samples", "logs"):
                 (self.dir / folder).mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
-            os.replace(self.dir / "config.tmp", config)
             self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
             fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
+            os.replace(self.dir / "config.tmp", config)
         except BlockingIOError:
             raise UserError(f"{self.dir}: another process is at work in it") from None
         except OSError as error:
@@ -75,13 +76,13 @@ class Log:
 
     def best(self, steps):
         """The one of `steps` with the best mean accuracy in evaluation, None where none was evaluated."""
-        rows = [row for row in self.rows() if row["step"] in steps and "eval" in row]
-        scores = {row["step"]: row["eval"].values() for row in rows}
-        return max(scores, key=lambda step: sum(result["accuracy"] for result in scores[step]), default=None)
+        rows = [row for row in self.rows() if row["step"] in steps and row.get("eval")]
+        scores = {row["step"]: [result["accuracy"] for result in row["eval"].values()] for row in rows}
+        return max(scores, key=lambda step: sum(scores[step]) / len(scores[step]), default=None)
 
     def discard(self):
-        """Remove the folder of a run that has not begun."""
-        if not os.path.getsize(self.metrics.name):
+        """Remove the folder of a run that has not begun, unless something was in it before."""
+        if self.new:
             shutil.rmtree(self.dir)
             if not os.listdir(self.dir.parent):
                 self.dir.parent.rmdir()
@@ -114,8 +115,9 @@ class Log:
         self.say(f"  reward:   {sample.reward:.0f} ({sample.finish_reason}; the answer is {question.answer})")
 
     def curves(self):
-        """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory."""
-        subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), self.dir], check=True)
+        """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory, and Ctrl-C
+        on the terminal does not reach it. A picture that fails ends no run."""
+        subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), self.dir], process_group=0)
 
 
 def installed():

@@ -1,6 +1,6 @@
 """Draw the curves of a run, or of several into one picture: python plot.py RUN [RUN …] [--out=curves.png]
 
-In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first. launch.py calls it after every evaluation.
+In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first. launch.py calls it after an evaluation, but the first.
 """
 
 import json
@@ -57,7 +57,8 @@ def main(arguments):
     runs = {}
     for folder in folders:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        runs[folder.name] = [flatten(json.loads(line)) for line in lines if line.endswith("\n")]
+        name = str(folder) if folder.name in runs else folder.name
+        runs[name] = [flatten(json.loads(line)) for line in lines if line.endswith("\n")]
     draw(runs, out or folders[0] / "curves.png")
     return 0
 

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import tiny_models
+
+import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -274,3 +277,20 @@ def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path, monkeypatch):
     code, out, err = run(tmp_path, f"--model={folder}", *QUICK, "--trust_remote_code=True", "--name=trusted")
     assert code == 0, out + err
     assert (tmp_path / "ran").exists() and metrics(tmp_path / "trusted")[-1]["drift_mean"] < 1e-4
+
+
+def test_never_twice_from_the_same_checkpoint(tmp_path, monkeypatch):
+    """A death that follows from the data comes back after every restart, for ever."""
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *_: begun.append(os.environ["FAILED_AT"]))
+    monkeypatch.setenv("FAILED_AT", "")
+    cfg = SimpleNamespace(out_dir=str(tmp_path), name="a", max_restarts=2)
+    launch.start_again(cfg)
+    launch.start_again(cfg)
+    assert begun == ["0"]
+    (tmp_path / "a/checkpoints/step_3").mkdir(parents=True)
+    launch.start_again(cfg)
+    assert begun == ["0", "0 3"]
+    (tmp_path / "a/checkpoints/step_5").mkdir()
+    launch.start_again(cfg)  # two are enough
+    assert begun == ["0", "0 3"]

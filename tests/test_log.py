@@ -3,11 +3,16 @@
 import errno
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 import plot
@@ -129,6 +134,32 @@ def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
     assert (run.dir / "curves.png").read_bytes() == picture
 
 
+DRAWS = """
+import pathlib, signal, sys, types, log
+signal.signal(signal.SIGINT, lambda *_: None)  # as a run does: it ends after the step
+log.Log.curves(types.SimpleNamespace(dir=pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_ctrl_c_does_not_reach_the_drawing(run):
+    """The terminal sends it to every process in its foreground: the picture fails, and with it the run."""
+    run.step(METRICS)
+    here = Path(plot.__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRAWS, str(run.dir)],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(here)},
+        start_new_session=True,
+    )
+    while not psutil.Process(process.pid).children():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # it imports, and has yet to draw
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    assert (run.dir / "curves.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
 def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     """A second evaluation set is measured for a week and never drawn; two runs in one picture cannot be told apart."""
     from matplotlib.figure import Figure
@@ -237,9 +268,22 @@ def test_existing_folder_is_left_alone(tmp_path):
 
 
 def test_one_process_at_a_time(run, tmp_path):
-    """The same command started twice: two runs write into the same files."""
+    """The same command started twice: two runs write into the same files; or the second leaves its settings there."""
     with pytest.raises(UserError, match="another process is at work in it"):
-        Log(settings(tmp_path))
+        Log(settings(tmp_path, steps=9))
+    assert "steps" not in json.loads((run.dir / "config.json").read_text())
+
+
+def test_only_a_new_folder_is_discarded(run, tmp_path):
+    """A run that failed leaves its evidence; the next try finds too few machines and removes it."""
+    (run.dir / "nonfinite_policy_1.npz").write_bytes(b"evidence")
+    run.metrics.close()
+    again = Log(settings(tmp_path))
+    again.discard()
+    assert (run.dir / "nonfinite_policy_1.npz").exists()
+    new = Log(settings(tmp_path, name="b"))
+    new.discard()
+    assert not new.dir.exists() and run.dir.exists()
 
 
 def test_cut_forgets_what_came_after(run):
@@ -275,6 +319,11 @@ def test_best_checkpoint(run):
     run.step({name: value for name, value in METRICS.items() if name != "eval"} | {"step": 9})
     assert run.best([2, 4, 6, 9]) == 4
     assert run.best([9]) is None
+    # a data set more, and one less: it is the mean that counts, and nothing evaluated is no evaluation
+    run.step(METRICS | {"step": 10, "eval": {name: {"accuracy": 0.3} for name in "abc"}})
+    run.step(METRICS | {"step": 12, "eval": {}})
+    assert run.best([4, 10, 12]) == 4
+    assert run.best([12]) is None
 
 
 def test_no_folder_can_be_made(tmp_path):

@@ -45,24 +45,28 @@ def check_same(folder, undisturbed):
     assert weights(folder) == weights(undisturbed)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, signum):
+STOPS = [  # in the evaluation of step 3, whose updates are done; in step 2, which is left
+    (signal.SIGTERM, "eval", 3),
+    pytest.param(signal.SIGTERM, "values", 1, marks=pytest.mark.soak),
+    pytest.param(signal.SIGINT, "generate", 1, marks=pytest.mark.soak),
+]
+
+
+@pytest.mark.parametrize("signum, phase, reached", STOPS, ids=lambda x: str(x))
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, signum, phase, reached):
     """Guards against lost work, orphans, and a resume that skips or repeats questions, warms up again, forgets moments.
 
     Once it goes on, one of its Workers is killed in mid-update."""
-    process = start(tmp_path, "--name=a", *RUN, "--save_every=-1")
-    wait_for_step(process, tmp_path / "a", 2)
-    process.send_signal(signum)
+    process = start_disturbed(tmp_path, [(phase, signum.name)], "--save_every=-1")
     code, out, err = finish(process)
     assert code == 128 + signum, out + err
-    assert out.splitlines()[-1].startswith(f"stopped by {signum.name} after step ")
-    reached = metrics(tmp_path / "a")[-1]["step"]
-    assert reached < STEPS and not left_behind(process, tmp_path)
+    assert out.splitlines()[-1].startswith(f"stopped by {signum.name} after step {reached}")
+    assert metrics(tmp_path / "a")[-1]["step"] == reached and not left_behind(process, tmp_path)
     assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == [f"step_{reached}"]
     assert (tmp_path / "a/policy/model.safetensors").exists()
     code, out, err = run(tmp_path, "--name=a", *RUN, "--seed=2")
     assert code == 2 and "seed=1" in err.splitlines()[-1]
-    out = run_killed(tmp_path, [("critic", "worker")])
+    out = run_disturbed(tmp_path, [("critic", "worker")])
     assert f"from step {reached + 1}" in out and out.count("\nrestart ") == 1, out
     check_same(tmp_path / "a", undisturbed)
     saved = {path.name for path in (tmp_path / "a/checkpoints").iterdir()}
@@ -77,6 +81,8 @@ def test_a_finished_run(tmp_path, undisturbed):
     assert done.returncode == 0, done.stdout + done.stderr
     policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
     assert (tmp_path / f"a/policy_step_{STEPS}/model.safetensors").read_bytes() == policy
+    template = (tmp_path / "a/policy/chat_template.jinja").read_bytes()
+    assert (tmp_path / f"a/policy_step_{STEPS}/chat_template.jinja").read_bytes() == template
     done = export(tmp_path / "a", 77)
     assert done.returncode == 2 and "no checkpoint of step 77; there are [" in done.stderr
     sample = json.loads((tmp_path / "a/samples/step_1.jsonl").read_text().splitlines()[0])
@@ -103,19 +109,24 @@ def export(folder, step):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE)
 
 
-KILLS = """
-import json, random, sys, threading, launch, psutil
+DISTURB = """
+import json, random, signal, sys, threading, launch, psutil
 
 todo_file, last = sys.argv[1], 0
-todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun
+todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun, or which signal arrives
 rng = random.Random(sum(map(ord, str(todo))))
 
-def kill(victim):
-    mark = {"worker": "ray::Worker", "grader": "reward.py"}.get(victim)
+def disturb(victim):
+    mark = {"worker": "ray::Worker", "grader": "reward.py", "everyone": "ray::Worker"}.get(victim)
     found = [p for p in psutil.Process().children(recursive=True) if mark and mark in " ".join(p.cmdline())]
+    if victim == "everyone":  # as a cluster's scheduler ends a job
+        psutil.Process().terminate()
+        return [p.kill() for p in found]
+    if victim.startswith("SIG"):
+        return psutil.Process().send_signal(signal.Signals[victim])
     (rng.choice(found) if found else psutil.Process()).kill()
 
-class Killed(launch.Workers):
+class Disturbed(launch.Workers):
     def start(self, step=None):
         global last
         last = launch.np.inf
@@ -128,29 +139,35 @@ class Killed(launch.Workers):
             last, (_, victim) = self.step, todo.pop(0)
             with open(todo_file, "w") as file:
                 json.dump(todo, file)
-            threading.Timer(rng.uniform(0, 0.15), kill, [victim]).start()
+            threading.Timer(rng.uniform(0, 0.15), disturb, [victim]).start()
         return super().call(phase, method, *args, per_rank=per_rank)
 
-launch.Workers = Killed
+launch.Workers = Disturbed
 sys.exit(launch.main(sys.argv[2:]))
 """
 
 
-def run_killed(tmp_path, todo):
-    """A run in which somebody is killed soon after each of these phases has begun; returns all it printed.
+def start_disturbed(tmp_path, todo, *arguments):
+    """A run in which somebody is killed, or a signal arrives, soon after each of these phases has begun."""
+    (tmp_path / "todo.json").write_text(json.dumps(todo))
+    (tmp_path / "disturb.py").write_text(DISTURB)
+    command = [sys.executable, str(tmp_path / "disturb.py"), str(tmp_path / "todo.json"), "configs/tiny.py"]
+    command += [f"--out_dir={tmp_path}", "--name=a", *RUN, *arguments]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+
+
+def run_disturbed(tmp_path, todo, *arguments):
+    """Such a run to its end; returns all it printed.
 
     It starts again by itself; where the driver itself was killed, the same command is given again."""
-    (tmp_path / "todo.json").write_text(json.dumps(todo))
-    (tmp_path / "killed.py").write_text(KILLS)
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "todo.json"), "configs/tiny.py"]
-    command += [f"--out_dir={tmp_path}", "--name=a", *RUN]
-    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    pipe, printed, code = subprocess.PIPE, "", -signal.SIGKILL
+    printed, code = "", -signal.SIGKILL
     while code == -signal.SIGKILL:
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+        process = start_disturbed(tmp_path, todo, *arguments)
         code, out, err = finish(process, deadline=3 * DEADLINE)  # a restart takes as long as a start
-        printed += out + err
-    assert code == 0 and json.loads((tmp_path / "todo.json").read_text()) == [], printed
+        printed, todo = printed + out + err, json.loads((tmp_path / "todo.json").read_text())
+    assert code == 0 and todo == [], printed
     assert not left_behind(process, tmp_path)
     return printed
 
@@ -159,9 +176,31 @@ def run_killed(tmp_path, todo):
 @pytest.mark.parametrize("phases", [["generate", "critic"], ["values", "policy", "sync", "eval"]])
 def test_a_worker_killed_in_every_phase(tmp_path, undisturbed, phases):
     """Guards against a death that hangs the run, ends it, or changes what it learns."""
-    out = run_killed(tmp_path, [(phase, "worker") for phase in phases])
+    out = run_disturbed(tmp_path, [(phase, "worker") for phase in phases])
     assert out.count("\nrestart ") == out.count("\nerror: ActorDiedError") == len(phases), out
     check_same(tmp_path / "a", undisturbed)
+
+
+@pytest.mark.soak
+def test_everyone_is_told_to_end(tmp_path, undisturbed):
+    """A scheduler ends the Workers along with the driver: the run takes their death for an accident and starts again."""
+    process = start_disturbed(tmp_path, [("policy", "everyone")])
+    code, out, err = finish(process)
+    assert code == 75 and "ActorDiedError" in out and "\nrestart " not in out, out + err
+    assert not left_behind(process, tmp_path)
+    out = run_disturbed(tmp_path, [])
+    check_same(tmp_path / "a", undisturbed)
+
+
+@pytest.mark.soak
+def test_a_stop_while_an_engine_of_two_ranks_generates(tmp_path):
+    """Its ranks generate to their end, so that they stay in step; then the run is saved and ends like any other."""
+    process = start_disturbed(tmp_path, [("generate", "SIGTERM")], "--tensor_parallel=2")
+    code, out, err = finish(process)
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM after step 1" in out.splitlines()[-1], (
+        out + err
+    )
+    assert (tmp_path / "a/policy/model.safetensors").exists() and not left_behind(process, tmp_path)
 
 
 @pytest.mark.soak
@@ -171,7 +210,7 @@ def test_random_kills(tmp_path, undisturbed, seed):
     rng = random.Random(seed)
     phases = ["generate", "values", "critic", "policy", "sync", "save"]
     todo = [(rng.choice(phases), rng.choice(["worker", "worker", "grader", "driver"])) for _ in range(3)]
-    run_killed(tmp_path, todo)
+    run_disturbed(tmp_path, todo)
     check_same(tmp_path / "a", undisturbed)
 
 
