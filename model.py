@@ -42,15 +42,16 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
     key, value = key[pack["keys"]], value[pack["keys"]]  # [K, A_kv, D]
     how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     spans, longest = (pack["cu_seqlens_q"], pack["cu_seqlens_k"]), pack["max_seqlen"]
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
         # tokens seen to the left and to the right; here, too, the last query stands at the last key
         how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
 
-    # CPU: pad on the right, where a causal query never looks, and drop the padding again.
-    places, (queries, keys) = torch.arange(longest), (cu_seqlens.diff()[:, None] for cu_seqlens in spans)
+    # CPU, and fp32: pad on the right, where a causal query never looks, and drop the padding again.
+    places = torch.arange(longest, device=query.device)  # [L]
+    queries, keys = (cu_seqlens.diff()[:, None] for cu_seqlens in spans)  # [B, 1] each
     # the last key that a query sees
     newest = (places + keys - queries).clamp(max=longest - 1)[..., None]  # [B, L, 1]
     mask = (places <= newest) & (places > newest - (sliding_window or longest))  # [B, L, L]
@@ -72,8 +73,8 @@ ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 def token_logprobs(hidden, targets, weight, bias, temperature):
     """log softmax(h Wᵀ + b)[target] and the entropy: hidden [C, H], weight [V, H], targets [C] → both fp32 [C]."""
     logits = F.linear(hidden, weight, bias).float()  # [C, V]
-    if temperature != 1:  # at 1 a copy less of the largest tensor there is
-        logits = logits / temperature
+    # at 1 not divided: a copy less of the largest tensor there is
+    logits = logits if temperature == 1 else logits / temperature  # [C, V]
     logprobs = logits.log_softmax(-1)  # [C, V]
     with torch.no_grad():  # it is reported, not optimised
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)  # H = −Σ p log p

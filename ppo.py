@@ -15,7 +15,7 @@ Vanilla PPO, as Open-Reasoner-Zero runs it (arXiv 2503.24290, section 2), agains
 N is the number of response tokens of the whole update, over all ranks and packs: one mean, not a mean of means.
 
 In:   a Batch (flat arrays over all samples) and a plan of packs.   Out: values, log-probs, updated networks, metrics.
-Everything above the Learner needs torch and numpy only.
+Nothing above the Learner knows of Ray, vLLM or DeepSpeed.
 
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
@@ -166,8 +166,8 @@ def make_pack(batch, indices, device, fields=()):
 def gae(rewards, values, lengths, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over many responses at once.
 
-    rewards and values [N], per token, responses laid end to end; lengths [B], their sizes, ΣN. Returns advantages
-    and returns, fp32 [N]. Sums of 1, 2, 4, … terms (Hillis and Steele 1986): no loop over tokens.
+    rewards and values [N], per token, responses laid end to end; lengths [B], their sizes, which sum to N. Returns
+    advantages and returns, fp32 [N]. Sums of 1, 2, 4, … terms (Hillis and Steele 1986): no loop over tokens.
     """
     advantages, returns = np.empty((2, len(values)), np.float32)  # [N] each
     ends = np.cumsum(lengths)  # [B]
@@ -198,7 +198,7 @@ def normalise(advantages):
 
 
 def group_advantages(batch, size):
-    """GRPO's (arXiv 2402.03300, section 4.1.2): the reward against those of the other `size` samples of its question, in
+    """GRPO's (arXiv 2402.03300, section 4.1.2): the reward against the mean over the `size` samples of its question, in
     their standard deviations, at every token. The samples stand in the order of their questions; fp32 [N]."""
     groups = batch.rewards.reshape(-1, size)  # [B / size, size]
     relative = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-6)
@@ -261,8 +261,8 @@ class Learner:
         settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
         network = self.network = model.load_network(kind, path, dtype, *settings)
         del partition_while_loading
-        for module in network.modules():  # the weights of a layer come and go together
-            deepspeed.utils.set_z3_leaf_module(module, isinstance(module, GradientCheckpointingLayer))
+        # the weights of a layer come and go together
+        deepspeed.utils.set_z3_leaf_modules(network, [GradientCheckpointingLayer], raise_if_not_found=False)
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
         self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
         how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
@@ -309,6 +309,7 @@ class Learner:
                 path = f"{self.cfg.out_dir}/{self.cfg.name}/nonfinite_{self.kind}_{self.updates}.npz"
                 if self.rank == 0:
                     np.savez(path, **vars(batch))
+                torch.distributed.barrier()  # the run may end with the first rank that raises
                 if self.cfg.on_nonfinite == "stop":
                     raise FloatingPointError(f"{self.kind} update not finite, left out; its data: {path}")
                 metrics = {f"skipped_{self.kind}": [1, 1]}
@@ -368,7 +369,7 @@ class Learner:
         if not strict:
             vectors["clipfrac_low"] = (ratio < 1 - eps) & (advantages < 0)
             vectors["clipfrac_high"] = (ratio > 1 + eps) & (advantages > 0)
-            vectors["approx_kl"] = ratio - 1 - ratio.log()  # k3 (Schulman 2020)
+            vectors["approx_kl"] = ratio - 1 - (logprobs - old_logprobs)  # k3 (Schulman 2020)
         return loss, vectors
 
     def critic_terms(self, batch, indices):
@@ -433,7 +434,6 @@ class Learner:
 
     def load(self, folder, step):
         """Become what was saved after `step`."""
-        self.onload()
         zero, saved = self.engine.optimizer, load_file(f"{folder}/{self.kind}_{self.rank}.safetensors")
         zero._partition_all_parameters()
         for i, master in enumerate(zero.fp32_partitioned_groups_flat):
@@ -442,4 +442,3 @@ class Learner:
             zero.optimizer.state[master] = {key: saved[name].to(self.device) for key, name in mine.items()}
             zero._reassign_or_swap_out_partitioned_parameters(i)  # the weights at work, from the fp32 ones
         self.updates = step * getattr(self.cfg, f"{self.kind}_updates_per_step")
-        self.offload()

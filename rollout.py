@@ -59,7 +59,9 @@ class Rollout:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        # vLLM samples by torch's generator on a CPU; on a GPU it draws a seed for each request from numpy's.
         torch.manual_seed(seed)
+        np.random.seed(seed)
         self.llm.reset_prefix_cache()  # of older weights; and of prompts that a resumed run has not seen
         params = SamplingParams(
             temperature=temperature,
@@ -130,7 +132,7 @@ class Rollout:
 
 
 def checksum(tensor):
-    """Sum and sum of squares in fp64, without an fp64 copy."""
+    """Sum and sum of squares in fp64; the sum may take an fp64 copy of this one tensor."""
     total, norm = tensor.sum(dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return torch.stack([total, norm**2])
 
