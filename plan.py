@@ -46,9 +46,9 @@ LEARNER = {
     "weights": "size * n / workers",
     "fp32 weights and Adam's two averages": "12 * n / workers",
     "fp32 gradients": "4 * n / workers",
-    "weights gathered at once (DeepSpeed's default)": "(workers > 1) * size * min(n, 10**9)",
+    "weights gathered at once, and kept whole": "(workers > 1) * size * min(n, max(10**9, 5 * 10**8 + V * H))",
     "gradients reduced at once, and in fp32": "size * 2 * 10**7 + 4 * max(2 * 10**7, V * H)",
-    "activations of a layer": "alive * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
+    "activations of a layer": "max(1, (1 - gradient_checkpointing) * L) * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
     "inputs of all layers": "gradient_checkpointing * size * max_tokens_per_pack * L * H",
 }
 HEAD = {
@@ -66,8 +66,10 @@ def read_shape(model):
     """The shape of a model and its number of parameters, from its folder or from the table; None where unknown."""
     names, file = [*FIELDS.split(), "tie_word_embeddings"], Path(model) / "config.json"
     config = {"tie_word_embeddings": False, "model_type": "qwen2"} | dict(zip(names, SHAPES.get(model, ())))
-    config |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not config.keys() >= set(names) or any("expert" in key for key in config):
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config |= found if isinstance(found, dict) else {}
+    numbers = all(isinstance(config.get(name), int) for name in names)
+    if not numbers or any("expert" in key for key in config):
         return None
     H, L, A, K, F, V, tied = (config[name] for name in names)
     D = config.get("head_dim") or H // A
@@ -81,15 +83,17 @@ def read_shape(model):
 def plan(cfg, shape, gpu_memory):
     """Phases → {what: GiB that one GPU holds of it}. It fits where no phase holds more than gpu_memory."""
     x = vars(cfg) | vars(shape) | {"gpu_memory": gpu_memory, "size": 4 if cfg.dtype == "float32" else 2}
-    x["alive"] = 1 if cfg.gradient_checkpointing else shape.L  # layers whose activations exist at once
     heads = max(1, shape.K // cfg.tensor_parallel)  # a key-value head is on one GPU of an engine at least
     x["token_bytes"] = 2 * shape.L * heads * shape.D * x["size"]
     sequence = (cfg.max_prompt_tokens + cfg.max_response_tokens) * x["token_bytes"]
     x["sequences"], x["n"] = 0.0, shape.params
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
-    value_head = {"n": shape.params - shape.head + shape.H}  # in the head's place
-    phases = {"generate": (GENERATE, x), "critic": (OTHER | LEARNER, x | value_head)}
+    phases = {"generate": (GENERATE, x)}
+    if cfg.advantage == "gae":
+        critic = read_shape(cfg.critic_model) or shape
+        n = critic.params - critic.head + critic.H  # a value head in the head's place
+        phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": n, "params": shape.params})
     phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
     result = {}
     for phase, (formulas, x) in phases.items():
@@ -144,13 +148,15 @@ def memory_here():
 def derived(cfg):
     """The numbers that follow from the settings."""
     responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
-    return {
+    numbers = {
         "responses per step": f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
         "response tokens per step": f"at most {responses * cfg.max_response_tokens:,}",
         "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
-        "responses per critic update": f"{responses // cfg.critic_updates_per_step:,}",
         "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
     }
+    if cfg.advantage == "gae":
+        numbers["responses per critic update"] = f"{responses // cfg.critic_updates_per_step:,}"
+    return numbers
 
 
 def describe(cfg):
@@ -182,9 +188,14 @@ def main(argv):
         packs = -(-responses // (cfg.max_tokens_per_pack // full))
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
-        print(
-            f"CPU memory per GPU: {36 * shape.params / cfg.workers / 2**30:.1f} GiB, 18 bytes in each network\n"
-        )
+        networks = 2 if cfg.advantage == "gae" else 1
+        waiting = 18 * networks * shape.params / cfg.workers / 2**30
+        print(f"CPU memory per GPU: {waiting:.1f} GiB, 18 bytes a weight; not checked here")
+        disk, at_once = (
+            12e-9 * networks * shape.params,
+            cfg.keep_checkpoints + 2,
+        )  # the best, one being written
+        print(f"disk: {disk:.1f} GB a checkpoint, of which up to {at_once} exist at once\n")
         check_fits(cfg, gpu_memory)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

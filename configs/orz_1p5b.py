@@ -1,7 +1,7 @@
 """ORZ-1.5B: Qwen2.5-1.5B trained by the whole recipe. Not run by us.
 
     python data/prepare.py orz                          once, where every node can read it: the questions
-    ray start --head                                    on the first node; ray start --address=… on the other
+    Ray on every node, with one token                   README, "Several machines"
     python launch.py configs/orz_1p5b.py                16 GPUs of 80 GB (ORZ: 2 nodes of 8)
 
 128 prompts x 64 samples = 8,192 responses a step: 512 for each of 16 vLLM engines, 682 or 683 in each of 12 critic

@@ -1,7 +1,7 @@
 """ORZ-32B, first stage: Qwen2.5-32B on all 129k questions. Not run by us.
 
     python data/prepare.py orz                          once, where every node can read it: the questions
-    ray start --head                                    on the first node; ray start --address=… on the others
+    Ray on every node, with one token                   README, "Several machines"
     python launch.py configs/orz_32b.py                 128 GPUs of 80 GB (ORZ's README: 16 nodes of 8)
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 128 GPUs / tensor parallel 4 = 32 vLLM engines, 682

@@ -1,7 +1,7 @@
 """GRPO in place of PPO, all else as ORZ-7B: the comparison that ORZ's paper makes. Not run by us.
 
     python data/prepare.py orz                          once, where every node can read it: the questions
-    ray start --head                                    on the first node; ray start --address=… on the others
+    Ray on every node, with one token                   README, "Several machines"
     python launch.py configs/orz_7b_grpo.py             32 GPUs of 80 GB, as orz_7b.py
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 32 vLLM engines. No critic: a response's advantage is

@@ -1,7 +1,7 @@
 """ORZ-R1-Distill-Qwen-14B: the recipe on a model that reasons already, with the 13k hard questions. Not run by us.
 
     python data/prepare.py orz                          once, where every node can read it: the questions
-    ray start --head                                    on the first node; ray start --address=… on the others
+    Ray on every node, with one token                   README, "Several machines"
     python launch.py configs/orz_r1_distill_14b.py      64 GPUs of 80 GB (our choice: ORZ does not say how many)
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 64 GPUs / tensor parallel 2 = 32 vLLM engines, 682 or

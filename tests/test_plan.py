@@ -117,7 +117,10 @@ ORZ = sorted(path.stem for path in (ROOT / "configs").glob("orz_*.py"))
 @pytest.mark.parametrize("name", ORZ)
 def test_every_size_fits_its_hardware(name):
     """A config names hardware on which it cannot run."""
-    plan.check_fits(config(name), 80.0)
+    trained_first = {"orz_32b_anneal": ["--model=Qwen/Qwen2.5-32B", "--critic_model="]}
+    cfg = config(name, *trained_first.get(name, []))
+    assert plan.read_shape(cfg.model) is not None
+    plan.check_fits(cfg, 80.0)
 
 
 REFUSED = {  # config, arguments, GiB → phase, way out
@@ -157,7 +160,7 @@ def test_constants_are_those_of_the_code():
     import model
 
     assert model.MAX_LOGITS == 2**28 and "min(2**28," in str(plan.HEAD)
-    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == 10**9 and "min(n, 10**9)" in str(plan.LEARNER)
+    assert DeepSpeedZeroConfig(stage=3).max_live_parameters == 10**9 and "max(10**9, " in str(plan.LEARNER)
     assert ppo.REDUCED_AT_ONCE == 2 * 10**7 and "size * 2 * 10**7 + 4 * max(2 * 10**7," in str(plan.LEARNER)
 
 
@@ -180,7 +183,7 @@ def test_as_a_command():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["configs/orz_32b.py", "--workers=8"], "try --workers=16"),
+        (["configs/orz_32b.py", "--workers=8", "--gpu_memory=80"], "try --workers=16"),
         (["configs/orz_7b.py", "--gpu_memory=lots"], "lots"),
         (["configs/orz_7b.py", "--gpu_memory=nan"], "a number"),
         (["configs/orz_7b.py", "--gpu_memory=-1"], "gpu_memory >= 0"),
