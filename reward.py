@@ -4,7 +4,7 @@ In:   the text of a response, the reference answer, the reason why generation en
 Out:  1.0 or 0.0 (ORZ's rule: 1.0 only if generation ended by itself and the boxed answer is right).
 
     extract_answer → normalise (one spelling) → decide (choices, words) → equal (what is stated, intervals, units)
-                   → values_at_points (read by reward.lark) → agree (part by part) → grade → Grader
+                   → values_at_points (read by reward.lark) → agree (part by part) → Grader
 
 Two answers are equal if they have the same value: constants to a thousand digits, expressions at fixed points.
 Nothing of an answer is ever run as code: lark reads it, and `compute` knows nothing but the words of the grammar.
@@ -314,11 +314,6 @@ def is_equal(answer: str, reference: str, choices: dict[str, str] | None = None)
     return decide(answer, reference, choices)[0]
 
 
-def grade(response: str, reference: str, finish_reason: str = "stop") -> float:
-    """ORZ's rule: 1.0 only if generation stopped by itself and the extracted answer is equal."""
-    return float(finish_reason == "stop" and is_equal(extract_answer(response), reference))
-
-
 # ORZ's five; it counts them case-sensitively and so misses "Wait,".
 REFLECTION = ("wait,", r"recheck[,\s]", "retry", "alternatively,", "however,")
 
@@ -349,7 +344,7 @@ class Grader:
         self.idle = deque([None] * num_processes)  # that wait for an item; None is yet to be started
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
-        """Grade one response."""
+        """Grade one response by ORZ's rule: 1.0 only if generation stopped by itself and the boxed answer is right."""
         return self.threads.submit(self._grade, response, reference, finish_reason, choices)
 
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[float, str]:

@@ -377,7 +377,7 @@ def grading(repeats):
     row, ours, plain = in_turns(
         repeats,
         lambda: [future.result() for future in [grader.submit(*item) for item in items]],
-        lambda: [reward.grade(*item) for item in items],
+        lambda: [float(reward.is_equal(reward.extract_answer(text), answer)) for text, answer in items],
     )
     rewards, outcomes = zip(*ours)
     return row | {

@@ -48,7 +48,7 @@ def accuracy_of(rewards, per_question):
 
 def graded(rows, texts_and_reasons):
     return [
-        reward.grade(text, row["answer"], reason)
+        float(reason == "stop" and reward.is_equal(reward.extract_answer(text), row["answer"]))
         for row, (text, reason) in zip(rows, texts_and_reasons, strict=True)
     ]
 

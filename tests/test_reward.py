@@ -262,11 +262,12 @@ def test_extraction_is_linear():
 
 def test_grade():
     """ORZ's rule: right and stopped by itself."""
-    assert reward.grade(respond("5"), "5") == 1.0
-    assert reward.grade(respond("6"), "5") == 0.0
-    assert reward.grade(respond("5"), "5", "length") == 0.0
-    assert reward.grade(r"The answer is \boxed{5}", "5") == 0.0
-    assert reward.grade(respond(""), "") == 0.0
+    grader = reward.Grader(1)
+    assert grader.submit(respond("5"), "5").result()[0] == 1.0
+    assert grader.submit(respond("6"), "5").result()[0] == 0.0
+    assert grader.submit(respond("5"), "5", "length").result()[0] == 0.0
+    assert grader.submit(r"The answer is \boxed{5}", "5").result()[0] == 0.0
+    assert grader.submit(respond(""), "").result()[0] == 0.0
 
 
 # -- properties --------------------------------------------------------------------------------------------------
@@ -482,7 +483,7 @@ HOSTILE = [
     ")" * 900,
     "[" * 900,
     "|" * 900,
-    "-" * 900 + "5",
+    "-" * 901 + "5",
     "+" * 900 + "6",
     "^" * 900,
     "_" * 900,
