@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configs.load import UserError
-from launch import Workers, checkpoints, start_ray
+from data.load import chat_template
+from launch import Workers, checkpoints, start_ray, trained
 from log import Log
 
 
@@ -25,11 +26,13 @@ def export(folder, step):
         raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     log = Log(cfg)  # holds the lock of the run
     workers = Workers(cfg, log, on_gpu=start_ray())
     workers.start(step)
-    workers.export(AutoTokenizer.from_pretrained(cfg.model), suffix=f"_step_{step}")
-    log.say(f"networks in {folder}/policy_step_{step} and critic_step_{step}")
+    workers.export(tokenizer, suffix=f"_step_{step}")
+    log.say(f"networks in {' and '.join(f'{folder}/{kind}_step_{step}' for kind in trained(cfg))}")
 
 
 def main(argv):

@@ -15,7 +15,7 @@ critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `
 trust_remote_code = False  # run the Python code that comes with a model; else such a model is refused
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
 train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice [len(x) > 0 or eval_only]
-eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().split(".").pop(0) for p in x} - {"overall"}) == len(x)]
+eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().rsplit(".", 1).pop(0) for p in x} - {"overall"}) == len(x)]
 
 # ---- The run -----------------------------------------------------------------------------------------------
 out_dir = "runs"  # every run gets a folder in it [x != ""]
@@ -33,14 +33,14 @@ dtype = "auto"  # bfloat16 on a GPU, float32 on a CPU; master weights are fp32 [
 gpu_memory = 0.0  # GiB of each GPU, for plan.py's check; 0 = as the first one here; none here: 80 [x >= 0]
 gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while it is awake [0 < x <= 1]
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
-phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest, at least 600 [x >= 0]
+phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest so far, at least 600; at first 7,200 [x >= 0]
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
 prompts_per_step = 128  # questions per step (ORZ, section 2.2) [x > 0]
 samples_per_prompt = 64  # responses per question (ORZ) [x > 0]
 max_prompt_tokens = 2048  # longer questions are dropped, counted and reported (ORZ) [x > 0]
 max_response_tokens = 8000  # a response cut off here gets reward 0 (ORZ) [x > 0]
-temperature = 1.0  # of sampling; the learner uses it too (ORZ) [0 < x <= 100]
+temperature = 1.0  # of sampling; the learner uses it too (ORZ) [0.01 <= x <= 100]
 top_p = 1.0  # nucleus; below 1 vLLM and policy differ by design: needs drift_limit=-1 (ORZ: 1) [0 < x <= 1]
 stop = ["User:", "Human:", "Assistant:", "</answer>"]  # end a response and stay in it (ORZ) [all(x)]
 
@@ -52,9 +52,9 @@ policy_lr_final = 3e-7  # where its rate ends if lr_decay_steps is set (ORZ-32B'
 lr_decay_steps = 0  # policy updates until then, linearly; 0 = constant (ORZ) [x >= 0]
 adam_betas = [0.9, 0.95]  # decay of Adam's two averages (ORZ) [len(x) == 2 and 0 <= min(x) <= max(x) < 1]
 warmup_steps = 50  # of each learner's updates; number n uses n / warmup_steps of the rate (ORZ) [x >= 0]
-advantage = "gae"  # with a critic; or "group": GRPO, without one [x in ("gae", "group")]
+advantage = "gae"  # with a critic; or "group": GRPO, without one [x == "gae" or x == "group" and samples_per_prompt > 1]
 policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [0 < x <= prompts_per_step * samples_per_prompt]
-critic_updates_per_step = 12  # on a twelfth each (ORZ) [0 < x <= prompts_per_step * samples_per_prompt]
+critic_updates_per_step = 12  # on a twelfth each (ORZ) [0 < x and (x <= prompts_per_step * samples_per_prompt or advantage == "group")]
 clip_eps = 0.2  # PPO's ε, for both sides of the ratio (ORZ) [0 < x < 1]
 value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
 gamma = 1.0  # discount per token (ORZ) [0 <= x <= 1]
@@ -66,7 +66,7 @@ drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
 eval_every = 10  # steps; also before the first and after the last; -1 = off [x == -1 or x > 0]
-eval_samples = 16  # responses per held-out question: accuracy is their mean (ORZ: avg@16) [x > 0]
+eval_samples = 16  # responses per held-out question: accuracy is their mean (ORZ's tables: avg@16) [x > 0]
 eval_temperature = 1.0  # (ORZ) [0 < x <= 100]
 eval_top_p = 1.0  # (ORZ) [0 < x <= 1]
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]

@@ -5,5 +5,6 @@ python launch.py CONFIG --eval_only=True --model=FOLDER [--eval_data=… --eval_
 
 steps = 0
 train_data = []
+critic_model = ""
 eval_every = 1
 kl_coef = 0.0

@@ -105,9 +105,8 @@ def documentation():
 
 def check_rules(settings):
     """What no single type says: the rules in base.py's brackets, some of which bind settings to each other."""
-    words = documentation()
-    for key, value in settings.items():
-        comment, legal = words[key]
+    for key, (comment, legal) in documentation().items():
+        value = settings[key]
         if legal and not eval(legal, {"x": value, **settings}):
             rule = re.sub(r"\bx\b", key, legal)
             others = [f", {name}={settings[name]}" for name in re.findall(r"\w+", legal) if name in settings]

@@ -67,8 +67,9 @@ def to_question(item, place):
         # surrogates are halves of characters, which no tokenizer takes
         if not isinstance(text, str) or not text.strip() or re.search(r"[\ud800-\udfff]", text):
             raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
-    if choices is not None and (not isinstance(choices, dict) or answer not in choices):
-        raise UserError(f"{place}: the answer {answer!r} is none of the choices {choices!r:.80}")
+    texts = isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values())
+    if choices is not None and not (texts and answer in choices):
+        raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
     return Question(question, answer, choices)
 
 
@@ -98,7 +99,7 @@ def local_model(name, setting):
         from huggingface_hub import snapshot_download
 
         try:
-            name = snapshot_download(name, allow_patterns="*.json *.safetensors *.txt *.model *.py".split())
+            name = snapshot_download(name, allow_patterns="*.j* *.safetensors *.txt *.model *.py".split())
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error

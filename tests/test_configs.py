@@ -168,8 +168,9 @@ REFUSED = {
     "--gamma=1.01": ["gamma=1.01", "0 <= gamma <= 1"],
     "--lam=-0.1": ["lam=-0.1", "0 <= lam <= 1"],
     "--top_p=0": ["top_p=0", "0 < top_p <= 1"],
-    "--temperature=0": ["temperature=0", "0 < temperature"],
-    "--temperature=1e999": ["temperature=inf", "0 < temperature"],
+    "--temperature=0": ["temperature=0", "0.01 <= temperature"],
+    "--temperature=0.005": ["temperature=0.005", "0.01 <= temperature"],  # vLLM would sample at 0.01
+    "--temperature=1e999": ["temperature=inf", "0.01 <= temperature"],
     "--policy_lr=-1e-6": ["policy_lr=-1e-06", "0 <= policy_lr"],
     "--clip_eps=0": ["clip_eps=0", "0 < clip_eps"],
     "--eval_every=0": ["eval_every=0", "eval_every == -1"],
@@ -198,6 +199,7 @@ REFUSED = {
     ],
     "--policy_updates_per_step=1025": ["policy_updates_per_step=1025", "prompts_per_step=64"],
     "--top_p=0.9": ["drift_limit", "top_p=0.9"],
+    "--advantage=group --samples_per_prompt=1": ["advantage='group'", "samples_per_prompt=1"],
     "--eval_data=a/test.json,b/test.json": ["eval_data", "no two of one name"],
 }
 

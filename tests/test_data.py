@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +106,7 @@ BROKEN = {
         json.dumps([CHOICE | {"final_answer": "C"}]),
         "item 1: the answer 'C' is none of the choices",
     ),
+    "choices no texts": (json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]), "none of the choices (texts)"),
     "choices no letters": (json.dumps([CHOICE | {"choices": ["A", "B"]}]), "none of the choices"),
 }
 
@@ -232,6 +235,25 @@ def test_read_tasks_reports_what_it_drops(tmp_path):
     cfg.prompt_template = "chat"
     with pytest.raises(UserError, match="no chat template"):
         read_tasks(cfg, data, log)
+
+
+def test_the_demo_is_measured_on_what_it_has_not_seen(tmp_path, monkeypatch):
+    """A file of the demo edited by hand, or a question it trains on among those it is measured on, either way round."""
+    import data.make_tiny as make_tiny
+
+    monkeypatch.setattr(make_tiny, "OUT", tmp_path)
+    held_out = make_tiny.make_questions()
+    pairs = {}
+    for name in ("train", "eval"):
+        text = (ROOT / f"data/tiny/{name}.jsonl").read_text()
+        assert (tmp_path / f"{name}.jsonl").read_text() == text
+        questions = [json.loads(line) for line in text.splitlines()]
+        pairs[name] = {frozenset(row["question"].split("+")) for row in questions}
+        assert all(sum(map(int, row["question"].split("+"))) == int(row["answer"]) for row in questions)
+    assert not pairs["train"] & pairs["eval"]
+    documents = make_tiny.write_documents(random.Random(0), False, 5000)
+    pretrained = {frozenset(map(int, re.findall(r"\d+", prompt))) for prompt, _ in documents}
+    assert len(pretrained) > 4000 and not pretrained & held_out
 
 
 # ---- Order ---------------------------------------------------------------------------------------------------------
