@@ -1,5 +1,5 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
-# make test    the tests, which hide a GPU: in .venv too, but where there is one in .venv-cpu     make soak    the long ones
+# make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu     make soak    the long ones
 # make lines   code lines against the limits, and formatting
 
 PYTHON ?= python3
@@ -19,10 +19,10 @@ test: $(TESTS)/installed
 soak: $(TESTS)/installed
 	$(TESTS)/bin/python -m pytest -q -m soak
 
-lines: .venv/installed
-	.venv/bin/python tests/count_lines.py
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
+lines: $(TESTS)/installed
+	$(TESTS)/bin/python tests/count_lines.py
+	$(TESTS)/bin/ruff format --check .
+	$(TESTS)/bin/ruff check .
 
 .venv/installed: FLAGS = $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--no-deps) -r $(REQUIREMENTS)
 .venv-cpu/installed: FLAGS = --no-deps -r requirements-cpu.txt

@@ -480,7 +480,8 @@ def run(cfg, argv):
         tasks = read_tasks(cfg, data, log)
         workers = Workers(cfg, log, on_gpu=start_ray())
         if workers.on_gpu and not cfg.eval_only:
-            command = [sys.executable, ROOT / "plan.py", *argv, f"--model={cfg.model}"]
+            models = f"--model={cfg.model}", f"--critic_model={cfg.critic_model}"
+            command = [sys.executable, ROOT / "plan.py", *argv, *models]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))
         end, code = "done", 0

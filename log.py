@@ -38,9 +38,9 @@ class Log:
         cfg.versions = installed()
         config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
         try:
-            found = {*os.listdir(self.dir)} if self.dir.exists() else set()
+            found = {path.name for path in self.dir.glob("*") if path.stat().st_size}
             self.new = not found
-            if "config.json" not in found and found - {"samples", "logs", "metrics.jsonl", "config.tmp"}:
+            if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:
                 raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
             before = json.loads(config.read_text()) if config.exists() else settings
             changed = {name for name in settings if before.get(name) != settings[name]}.difference(MAY_CHANGE)

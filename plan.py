@@ -91,7 +91,7 @@ def plan(cfg, shape, gpu_memory):
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
     phases = {"generate": (GENERATE, x)}
     if cfg.advantage == "gae":
-        critic = read_shape(cfg.critic_model) or shape
+        critic = read_shape(cfg.critic_model or cfg.model) or shape
         n = critic.params - critic.head + critic.H  # a value head in the head's place
         phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": n, "params": shape.params})
     phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
@@ -188,14 +188,12 @@ def main(argv):
         packs = -(-responses // (cfg.max_tokens_per_pack // full))
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
-        networks = 2 if cfg.advantage == "gae" else 1
-        waiting = 18 * networks * shape.params / cfg.workers / 2**30
+        critic = read_shape(cfg.critic_model or cfg.model) or shape
+        weights = shape.params + (cfg.advantage == "gae") * critic.params
+        waiting = 18 * weights / cfg.workers / 2**30
         print(f"CPU memory per GPU: {waiting:.1f} GiB, 18 bytes a weight; not checked here")
-        disk, at_once = (
-            12e-9 * networks * shape.params,
-            cfg.keep_checkpoints + 2,
-        )  # the best, one being written
-        print(f"disk: {disk:.1f} GB a checkpoint, of which up to {at_once} exist at once\n")
+        at_once = cfg.keep_checkpoints + 2  # the best, and one being written
+        print(f"disk: {12e-9 * weights:.1f} GB a checkpoint, of which up to {at_once} exist at once\n")
         check_fits(cfg, gpu_memory)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -106,11 +106,10 @@ def documentation():
 def check_rules(settings):
     """What no single type says: the rules in base.py's brackets, some of which bind settings to each other."""
     for key, (comment, legal) in documentation().items():
-        value = settings[key]
-        if legal and not eval(legal, {"x": value, **settings}):
+        if legal and not eval(legal, {"x": settings[key], **settings}):
             rule = re.sub(r"\bx\b", key, legal)
             others = [f", {name}={settings[name]}" for name in re.findall(r"\w+", legal) if name in settings]
-            raise UserError(f"{key}={value!r}{''.join(others)}: it must be that {rule} ({comment})")
+            raise UserError(f"{key}={settings[key]!r}{''.join(others)}: it must be that {rule} ({comment})")
 
 
 def find(path):

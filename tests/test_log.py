@@ -259,7 +259,14 @@ def test_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
-    (tmp_path / "runs/a/thesis.tex").unlink()
+    (tmp_path / "runs/a/thesis.tex").rename(
+        tmp_path / "runs/a/metrics.jsonl"
+    )  # somebody's curve, to draw beside others
+    with pytest.raises(UserError, match="is no run: choose another --name"):
+        Log(settings(tmp_path))
+    (tmp_path / "runs/a/metrics.jsonl").write_text(
+        ""
+    )  # what a crash leaves that came before the settings were written
     Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
