@@ -47,7 +47,6 @@ def check_same(folder, undisturbed):
 
 STOPS = [  # in the evaluation of step 3, whose updates are done; in step 2, which is left
     (signal.SIGTERM, "eval", 3),
-    pytest.param(signal.SIGTERM, "values", 1, marks=pytest.mark.soak),
     pytest.param(signal.SIGINT, "generate", 1, marks=pytest.mark.soak),
 ]
 
