@@ -189,7 +189,7 @@ def main(argv):
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
         critic = read_shape(cfg.critic_model or cfg.model) or shape
-        weights = shape.params + (cfg.advantage == "gae") * critic.params
+        weights = shape.params + (cfg.advantage == "gae") * (critic.params - critic.head + critic.H)
         waiting = 18 * weights / cfg.workers / 2**30
         print(f"CPU memory per GPU: {waiting:.1f} GiB, 18 bytes a weight; not checked here")
         at_once = cfg.keep_checkpoints + 2  # the best, and one being written
