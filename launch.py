@@ -343,6 +343,7 @@ class Workers:
         calls = zip(self.handles, per_rank or [args] * len(self.handles))
         refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
         start, longest, results = time.monotonic(), self.longest.get(phase, 0.0), {}
+        # Nobody knows yet how long the first of its kind takes: two hours.
         limit = self.cfg.phase_timeout or max(600.0, 10 * (longest or 720.0))
         with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(phase, total=longest or None)  # of the longest so far
