@@ -48,7 +48,8 @@ LEARNER = {
     "fp32 gradients": "4 * n / workers",
     "weights gathered at once, and kept whole": "(workers > 1) * size * min(n, max(10**9, 5 * 10**8 + V * H))",
     "gradients reduced at once, and in fp32": "size * 2 * 10**7 + 4 * max(2 * 10**7, V * H)",
-    "activations of a layer": "max(1, (1 - gradient_checkpointing) * L) * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
+    "activations of a layer": "max(1, (1 - gradient_checkpointing) * L)"
+    " * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
     "inputs of all layers": "gradient_checkpointing * size * max_tokens_per_pack * L * H",
 }
 HEAD = {
@@ -80,6 +81,14 @@ def read_shape(model):
     return SimpleNamespace(**shape, params=L * layer + H + V * H + shape["head"])
 
 
+def critic_shape(cfg, shape):
+    """The critic's shape, of its own model or as the policy's, with a value head in the head's place; None for GRPO."""
+    if cfg.advantage == "group":
+        return None
+    critic = (read_shape(cfg.critic_model) if cfg.critic_model else None) or shape
+    return SimpleNamespace(**vars(critic) | {"params": critic.params - critic.head + critic.H})
+
+
 def plan(cfg, shape, gpu_memory):
     """Phases → {what: GiB that one GPU holds of it}. It fits where no phase holds more than gpu_memory."""
     x = vars(cfg) | vars(shape) | {"gpu_memory": gpu_memory, "size": 4 if cfg.dtype == "float32" else 2}
@@ -90,10 +99,8 @@ def plan(cfg, shape, gpu_memory):
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
     phases = {"generate": (GENERATE, x)}
-    if cfg.advantage == "gae":
-        critic = read_shape(cfg.critic_model or cfg.model) or shape
-        n = critic.params - critic.head + critic.H  # a value head in the head's place
-        phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": n, "params": shape.params})
+    if critic := critic_shape(cfg, shape):
+        phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": critic.params, "params": shape.params})
     phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
     result = {}
     for phase, (formulas, x) in phases.items():
@@ -188,8 +195,8 @@ def main(argv):
         packs = -(-responses // (cfg.max_tokens_per_pack // full))
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
-        critic = read_shape(cfg.critic_model or cfg.model) or shape
-        weights = shape.params + (cfg.advantage == "gae") * (critic.params - critic.head + critic.H)
+        critic = critic_shape(cfg, shape)
+        weights = shape.params + (critic.params if critic else 0)
         waiting = 18 * weights / cfg.workers / 2**30
         print(f"CPU memory per GPU: {waiting:.1f} GiB, 18 bytes a weight; not checked here")
         at_once = cfg.keep_checkpoints + 2  # the best, and one being written

@@ -1,6 +1,7 @@
 """Draw the curves of a run, or of several into one picture: python plot.py RUN [RUN …] [--out=curves.png]
 
-In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first. launch.py calls it after every evaluation but that of step 0.
+In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first.
+launch.py calls it after every evaluation but that of step 0.
 """
 
 import json

@@ -433,7 +433,7 @@ class Learner:
         os.sync()
 
     def load(self, folder, step):
-        """Become what was saved after `step`."""
+        """Become what was saved after `step`. It wants the GPU, as forward and update do."""
         zero, saved = self.engine.optimizer, load_file(f"{folder}/{self.kind}_{self.rank}.safetensors")
         zero._partition_all_parameters()
         for i, master in enumerate(zero.fp32_partitioned_groups_flat):

@@ -47,10 +47,10 @@ def accuracy_of(rewards, per_question):
 
 
 def graded(rows, texts_and_reasons):
-    return [
-        float(reason == "stop" and reward.is_equal(reward.extract_answer(text), row["answer"]))
-        for row, (text, reason) in zip(rows, texts_and_reasons, strict=True)
-    ]
+    grader = reward.Grader()
+    pairs = zip(rows, texts_and_reasons, strict=True)
+    futures = [grader.submit(text, row["answer"], reason) for row, (text, reason) in pairs]
+    return [future.result()[0] for future in futures]
 
 
 def anatomy(rows, kinds):

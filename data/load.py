@@ -98,7 +98,7 @@ def local_model(name, setting):
     if not os.path.isdir(name) and name.count("/") == 1 and name[0] not in "./":
         from huggingface_hub import snapshot_download
 
-        try:
+        try:  # *.j*: json, and jinja, as newer chat templates are
             name = snapshot_download(name, allow_patterns="*.j* *.safetensors *.txt *.model *.py".split())
         except Exception as error:
             reason = str(error).splitlines()[0]

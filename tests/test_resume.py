@@ -51,7 +51,7 @@ STOPS = [  # in the evaluation of step 3, whose updates are done; in step 2, whi
 ]
 
 
-@pytest.mark.parametrize("signum, phase, reached", STOPS, ids=lambda x: str(x))
+@pytest.mark.parametrize("signum, phase, reached", STOPS, ids=lambda x: getattr(x, "name", x))
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, signum, phase, reached):
     """Guards against lost work, orphans, and a resume that skips or repeats questions, warms up again, forgets moments.
 
