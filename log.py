@@ -38,6 +38,7 @@ class Log:
         cfg.versions = installed()
         config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
         try:
+            # an empty metrics.jsonl is what a crash leaves that came before the settings
             found = {path.name for path in self.dir.glob("*") if path.stat().st_size}
             self.new = not found
             if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:

@@ -49,7 +49,7 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
         how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
         return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
 
-    # CPU, and fp32: pad on the right, where a causal query never looks, and drop the padding again.
+    # CPU, and fp32, which FlashAttention does not take: pad on the right, where a causal query never looks.
     places = torch.arange(longest, device=query.device)  # [L]
     queries, keys = (cu_seqlens.diff()[:, None] for cu_seqlens in spans)  # [B, 1] each
     # the last key that a query sees
