@@ -21,6 +21,7 @@ Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over th
 """
 
 import bisect
+import heapq
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -91,39 +92,36 @@ def pack(lengths, budget, ranks, hidden_size):
     the tokens need. Raises ValueError where a sample is over the budget.
 
     Work of a sequence of l tokens: linear layers cost about 24·H² per token and causal attention 2·H·l, so
-    l · (1 + l / 12H) in units of a token. Packs of like work meet at the same time, the heaviest of them on the
-    least loaded rank.
+    l · (1 + l / 12H) in units of a token. Packs of like work meet at the same time.
     """
     lengths = np.asarray(lengths)
     if lengths.max(initial=0) > budget:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
-    num_packs = -(-len(best_fit(lengths, budget)) // ranks) * ranks
-    # As evenly filled as they get without being more.
-    fills = (slack * lengths.sum() / num_packs for slack in (1.002, 1.01, 1.03, np.inf))
-    tries = (best_fit(lengths, min(budget, max(lengths.max(), fill))) for fill in fills)
-    packs = next(packs for packs in tries if len(packs) <= num_packs)
-    packs += [[] for _ in range(num_packs - len(packs))]
+    tightest = best_fit(lengths, budget)
+    tightest += [[] for _ in range(-len(tightest) % ranks)]
+    # As many packs, evenly filled: longest first, each to the emptiest pack (Graham 1969).
+    packs, fills = [[] for _ in tightest], [(0, i) for i in range(len(tightest))]
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        fill, emptiest = fills[0]
+        packs[emptiest].append(i)
+        heapq.heapreplace(fills, (fill + lengths[i], emptiest))
+    packs = packs if max(fills)[0] <= budget else tightest
     cost = lengths * (1 + lengths / (12 * hidden_size))
-    work = np.array([cost[indices].sum() for indices in packs])
-    plan, load = [[] for _ in range(ranks)], np.zeros(ranks)
-    for meeting in np.argsort(-work, kind="stable").reshape(-1, ranks):
-        for rank, i in zip(np.argsort(load, kind="stable"), meeting):
-            plan[rank].append(packs[i])
-            load[rank] += work[i]
-    return plan
+    meetings = np.argsort([-cost[indices].sum() for indices in packs], kind="stable").reshape(-1, ranks)
+    meetings[1::2] = meetings[1::2, ::-1].copy()  # in snake order over the ranks
+    return [[packs[i] for i in meeting] for meeting in meetings.T]
 
 
 def best_fit(lengths, capacity):
     """Lists of indices: longest first, each to the fullest list where it fits (best fit decreasing, Johnson 1974)."""
-    packs, rooms = [], []  # rooms: (tokens left, the pack they are left in), sorted
+    packs, rooms = defaultdict(list), []  # rooms: (tokens left, the pack they are left in), sorted
     order = np.argsort(-lengths, kind="stable")
     for i, length in zip(order.tolist(), lengths[order].tolist()):
         place = bisect.bisect_left(rooms, (length,))
         room, pack = rooms.pop(place) if place < len(rooms) else (capacity, len(packs))
-        packs[pack:] = packs[pack:] or [[]]
         packs[pack].append(i)
         bisect.insort(rooms, (room - length, pack))
-    return packs
+    return list(packs.values())
 
 
 def make_pack(batch, indices, device, fields=()):

@@ -222,6 +222,17 @@ def test_packing_of_coarse_lengths(shape):
     assert len(plan[0]) <= len(free)
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_packing_of_few_samples(ranks):
+    """A small step, of fewer tokens than the packs would hold: one rank gets them nearly all, and the others wait."""
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).integers(130, 190, 32)
+        plan = ppo.pack(lengths, 2048, ranks, 576)
+        check_plan(plan, lengths, 2048, ranks)
+        per_rank = np.array([sum(lengths[i] for indices in packs for i in indices) for packs in plan])
+        assert len(plan[0]) == -(-3 // ranks) and per_rank.max() <= 1.04 * per_rank.mean()
+
+
 @EXACT
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), ranks=st.integers(1, 9))
 def test_packing_keeps_every_sample_once(lengths, ranks):
