@@ -273,13 +273,14 @@ class Learner:
         self.offload()
 
     @torch.no_grad()
-    def forward(self, batch, plan):
-        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
+    def forward(self, batch, plan, before=None):
+        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan.
+        Less `before` [N], where it is given: the same of earlier, on the rank that has the sample."""
         results = torch.zeros(len(batch.logprobs), device=self.device)  # [N]
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
             out = self.engine(pack) if self.kind == "critic" else self.engine(pack, self.cfg.temperature)[0]
-            results[pack["where"]] = out
+            results[pack["where"]] = out if before is None else out - before[pack["where"]]
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 
@@ -291,7 +292,7 @@ class Learner:
         """
         sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
         report = [[packs[0][:2]] for packs in plans[0]]
-        before = self.forward(batch, report) if self.kind == "policy" else None
+        self.before = torch.zeros(len(batch.logprobs), device=self.device)  # [N], which policy_terms fills
         for plan in plans:
             metrics, grad_norm = self.accumulate(batch, plan), np.inf
             self.updates += 1
@@ -318,7 +319,7 @@ class Learner:
                 sums[name] += total_and_count
         means = {name: float(total / count) if count else None for name, (total, count) in sums.items()}
         if self.kind == "policy":
-            log_ratio = self.forward(batch, report) - before  # [N], 0 outside the report
+            log_ratio = self.forward(batch, report, self.before)  # [N], 0 outside the report
             num_tokens = sum(batch.response_lens[packs[0]].sum() for packs in report)
             means["update_kl"] = float((np.exp(log_ratio) - 1 - log_ratio).sum() / max(1, num_tokens))
         return means
@@ -357,6 +358,7 @@ class Learner:
         logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N]
         # Strictly on-policy, the old log-probs are the new ones: no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if strict else pack["old_logprobs"]
+        self.before[pack["where"]] = old_logprobs
         advantages, eps = pack["advantages"], self.cfg.clip_eps
         loss, ratio = policy_loss(logprobs, old_logprobs, advantages, eps)
         right = torch.from_numpy(np.repeat(batch.rewards[indices] > 0, batch.response_lens[indices]))  # [N]

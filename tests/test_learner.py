@@ -134,6 +134,11 @@ def learner_checks(path, batch):
     ratio = np.exp(twice.forward(batch, whole[0]) - batch.old_logprobs)
     results["two policy updates"] = first, twice.update(batch, whole), ratio
 
+    # What an update reports of its own size, and whole passes before and after it.
+    moving = learner("policy")
+    before, means = moving.forward(batch, whole[0]), moving.update(batch, whole)
+    results["update_kl"] = means["update_kl"], before, moving.forward(batch, whole[0])
+
     # Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update.
     def infinite(self, *arguments):
         """A finite loss whose gradient is not: √ at 0."""
@@ -375,6 +380,15 @@ def test_two_policy_updates_report_their_clipping(checks, data):
     assert second["clipfrac_low"] == pytest.approx(low.mean(), abs=1e-6)
     assert second["clipfrac_high"] == pytest.approx(high.mean(), abs=1e-6)
     assert second["approx_kl"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
+
+
+def test_update_kl(checks, data):
+    """The KL of other samples than those of the report, of one rank's alone, or from zeros where no log-prob was kept."""
+    _, batch = data
+    reported, before, after = checks[0]["update_kl"]
+    report = [i for packs in even_plan(range(len(RESPONSE_LENS)), 4, len(checks)) for i in packs[0][:2]]
+    log_ratio = np.concatenate([(after - before)[tiny_models.place(batch, i)] for i in report])
+    assert reported == pytest.approx((np.exp(log_ratio) - 1 - log_ratio).mean(), rel=1e-3) and reported > 1e-5
 
 
 def test_bad_numbers_stop_every_rank_before_the_update(checks):
