@@ -98,8 +98,9 @@ def pack(lengths, budget, ranks, hidden_size):
     if lengths.max(initial=0) > budget:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
     tightest = best_fit(lengths, budget)
-    tightest += [[] for _ in range(-len(tightest) % ranks)]
-    # As many packs, evenly filled: longest first, each to the emptiest pack (Graham 1969).
+    tightest += [[] for _ in range(-len(tightest) % ranks)]  # as many on every rank
+    # The same number, evenly filled: longest first, each to the emptiest pack (Graham 1969).
+    # fills: (tokens so far, the pack they are in), a heap
     packs, fills = [[] for _ in tightest], [(0, i) for i in range(len(tightest))]
     for i in np.argsort(-lengths, kind="stable").tolist():
         fill, emptiest = fills[0]
@@ -190,7 +191,8 @@ def token_rewards(batch, kl_coef=0.0):
 
 
 def normalise(advantages):
-    """Mean 0 and standard deviation 1 over all tokens of the batch. Sums in fp64, but no array: new memory costs more."""
+    """Mean 0 and standard deviation 1 over all tokens of the batch. Sums are fp64, arrays are not: the driver would spend
+    more time on their memory than on the arithmetic."""
     a = np.subtract(advantages, advantages.mean(dtype=np.float64), out=np.empty_like(advantages))  # [N]
     return np.divide(a, np.sqrt(np.einsum("i,i", a, a, dtype=np.float64) / len(a)) + 1e-8, out=a)
 
@@ -292,7 +294,8 @@ class Learner:
         """
         sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
         report = [[packs[0][:2]] for packs in plans[0]]
-        self.before = torch.zeros(len(batch.logprobs), device=self.device)  # [N], which policy_terms fills
+        # [N]: the log-probs before the first update, for update_kl; policy_terms fills it
+        self.before = torch.zeros(len(batch.logprobs), device=self.device)
         for plan in plans:
             metrics, grad_norm = self.accumulate(batch, plan), np.inf
             self.updates += 1
@@ -358,7 +361,7 @@ class Learner:
         logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N]
         # Strictly on-policy, the old log-probs are the new ones: no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if strict else pack["old_logprobs"]
-        self.before[pack["where"]] = old_logprobs
+        self.before[pack["where"]] = old_logprobs  # for update_kl
         advantages, eps = pack["advantages"], self.cfg.clip_eps
         loss, ratio = policy_loss(logprobs, old_logprobs, advantages, eps)
         right = torch.from_numpy(np.repeat(batch.rewards[indices] > 0, batch.response_lens[indices]))  # [N]
