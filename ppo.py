@@ -108,6 +108,7 @@ def pack(lengths, budget, ranks, hidden_size):
         heapq.heapreplace(fills, (fill + lengths[i], emptiest))
     packs = packs if max(fills)[0] <= budget else tightest
     cost = lengths * (1 + lengths / (12 * hidden_size))
+    # [packs of a rank, ranks]: packs of like work, which are computed at the same time
     meetings = np.argsort([-cost[indices].sum() for indices in packs], kind="stable").reshape(-1, ranks)
     meetings[1::2] = meetings[1::2, ::-1].copy()  # in snake order over the ranks
     return [[packs[i] for i in meeting] for meeting in meetings.T]
