@@ -226,18 +226,21 @@ class Worker:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
         self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
+        learn = sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
+        # All that learns stays on the GPU if that leaves vLLM its share and 2 GiB: at most 20 bytes a weight, as in plan.py.
+        free, total = torch.cuda.mem_get_info() if on_gpu else (0, 1)
+        ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**31 > cfg.gpu_memory_utilization * total
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
-        if self.rank % cfg.tensor_parallel == 0:
-            self.grader = Grader(max(1, min(os.cpu_count() * cfg.tensor_parallel // cfg.workers, 8)))
-        return sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
+        self.grader = Grader(max(1, min(os.cpu_count() * cfg.tensor_parallel // cfg.workers, 8)))
+        return learn
 
     def interrupt(self):
         # Ranks of one engine must end at the same step: one of several ranks generates to its end.
         self.rollout.interrupted = self.cfg.tensor_parallel == 1
 
     def give_gpu_to(self, owner):
-        """One of "rollout", "policy", "critic", "reference" works; the others wait in CPU memory."""
+        """One of "rollout", "policy", "critic", "reference" works; the others sleep, and wait in CPU memory where they must."""
         if owner != self.owner:
             self.rollout.sleep() if self.owner == "rollout" else self.learners[self.owner].offload()
             self.learners[owner].onload()

@@ -6,8 +6,9 @@ In:   the settings, and the model's shape: config.json of a folder, or the table
 Out:  phases → {what, with its arithmetic: GiB of one GPU}.
 UNVERIFIED: written from the sources, without a GPU; no number here has been compared with a measured peak.
 
-While one of vLLM, critic and policy works the others wait in CPU memory, so each phase stands for itself. What the
-critic's forward pass needs is less than what its updates need, and is not listed.
+vLLM, critic and policy work by turns. Where vLLM's share of a GPU leaves room for the networks that learn (`stays`, as in
+launch.py), they stay there; else who is not at work waits in CPU memory. What the critic's forward pass needs is less
+than what its updates need, and is not listed.
 
 Shapes: H hidden, L layers, A attention heads, K key-value heads, D size of a head, F feed-forward, V vocabulary.
 """
@@ -40,7 +41,7 @@ GENERATE = OTHER | {
     "vLLM's weights": "size * params / tensor_parallel",
     "vLLM's activations and CUDA graphs (a guess)": "2**29 + 8192 * size * (4 * H + 3 * F) + 1024 * 12 * V",
     "KV cache: sequences, tokens, bytes": "sequences * (max_prompt_tokens + max_response_tokens) * token_bytes",
-    "given to nobody": "max(0, (1 - gpu_memory_utilization) * gpu_memory - 4) * 2**30",
+    "beside vLLM's share: for what stays, or nobody": "max(0, (1 - gpu_memory_utilization) * gpu_memory - 4) * 2**30",
 }
 LEARNER = {
     "weights": "size * n / workers",
@@ -51,6 +52,7 @@ LEARNER = {
     "activations of a layer": "max(1, (1 - gradient_checkpointing) * L)"
     " * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
     "inputs of all layers": "gradient_checkpointing * size * max_tokens_per_pack * L * H",
+    "the other network, which stays": "stays * (size + 16) * (learn - n) / workers",
 }
 HEAD = {
     "logits, four copies in fp32 (MAX_LOGITS)": "4 * 4 * min(2**28, max_tokens_per_pack * V)",
@@ -59,6 +61,7 @@ HEAD = {
 SYNC = {
     "vLLM's weights": "size * params / tensor_parallel",
     "policy's weights": "size * params / workers",
+    "all else that stays": "stays * ((size + 16) * learn - size * params) / workers",
     "gathered at once: 16 tensors": "size * (V * H + 1.5 * (2 * H * (A + K) * D + 3 * H * F))",
 }
 
@@ -96,10 +99,16 @@ def plan(cfg, shape, gpu_memory):
     x["token_bytes"] = 2 * shape.L * heads * shape.D * x["size"]
     sequence = (cfg.max_prompt_tokens + cfg.max_response_tokens) * x["token_bytes"]
     x["sequences"], x["n"] = 0.0, shape.params
+    critic = critic_shape(cfg, shape)
+    x["learn"] = shape.params + (critic.params if critic else 0)
+    other = sum(eval(formula, x) for formula in OTHER.values())
+    # 20 bytes a weight at most, and 2 GiB to spare
+    room = (1 - cfg.gpu_memory_utilization) * gpu_memory * 2**30 - other - 2**31
+    x["stays"] = int(room > 20 * x["learn"] / cfg.workers)
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
     phases = {"generate": (GENERATE, x)}
-    if critic := critic_shape(cfg, shape):
+    if critic:
         phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": critic.params, "params": shape.params})
     phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
     result = {}
@@ -198,7 +207,7 @@ def main(argv):
         critic = critic_shape(cfg, shape)
         weights = shape.params + (critic.params if critic else 0)
         waiting = 18 * weights / cfg.workers / 2**30
-        print(f"CPU memory per GPU: {waiting:.1f} GiB, 18 bytes a weight; not checked here")
+        print(f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here")
         at_once = cfg.keep_checkpoints + 2  # the best, and one being written
         print(f"disk: {12e-9 * weights:.1f} GB a checkpoint, of which up to {at_once} exist at once\n")
         check_fits(cfg, gpu_memory)

@@ -235,6 +235,8 @@ class DriftError(Exception):
 class Learner:
     """One network under training: "policy", "critic", or "reference" (forward only). One per rank; calls are collective."""
 
+    stays = False  # on the GPU while others work: if there is room for all, which the Worker finds out
+
     def __init__(self, kind, cfg, path, device, dtype):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -258,10 +260,9 @@ class Learner:
             "zero_optimization": zero,
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
-        partition_while_loading = HfDeepSpeedConfig(config)
+        _partition_while_loading = HfDeepSpeedConfig(config)
         settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
         network = self.network = model.load_network(kind, path, dtype, *settings)
-        del partition_while_loading
         # the weights of a layer come and go together
         deepspeed.utils.set_z3_leaf_modules(network, [GradientCheckpointingLayer], raise_if_not_found=False)
         self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
@@ -400,17 +401,18 @@ class Learner:
         if self.rank == 0:
             model.save_pretrained(self.network, state_dict, folder)
 
-    # GPU memory is shared by turns: what is not at work moves to the CPU. On CPU there is nowhere to move.
+    # GPU memory is shared by turns: who is not at work waits in CPU memory, unless all `stay`. On CPU nothing moves.
 
     def offload(self, keep_weights=False):
-        """Everything but (with keep_weights) the 16-bit weights, which a weight sync still needs, to CPU memory."""
+        """Give back what was gathered; where it may not stay, everything but (with keep_weights) the 16-bit weights, which
+        a weight sync still needs, goes to CPU memory."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         if self.device.type == "cuda" and self.lr is not None:
-            gradients = {State.lp_grads, State.contiguous_grad_buffer}
-            self.move_optimizer("cpu")
-            self.engine.offload_states(include=gradients | ({State.lp_params} if not keep_weights else set()))
-            torch.cuda.empty_cache()
+            leaving = set() if self.stays else {State.lp_grads, State.contiguous_grad_buffer, State.lp_params}
+            self.move_optimizer(self.device if self.stays else "cpu")
+            # whatever leaves, it partitions what was gathered, and empties torch's cache
+            self.engine.offload_states(include=leaving - ({State.lp_params} if keep_weights else set()))
 
     def onload(self):
         if self.device.type == "cuda" and self.lr is not None:

@@ -107,12 +107,11 @@ class Rollout:
         # In place until the next sync: reload_weights only warns about what was not written; we refuse.
         self.model.load_weights = load
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
-        head = getattr(self.model, "lm_head", None)
-        if head is not None and not self.on_gpu and self.model.config.tie_word_embeddings:
+        if not self.on_gpu and self.model.config.tie_word_embeddings and hasattr(self.model, "lm_head"):
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
             # On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps the old ones after a reload.
-            dispatch_cpu_unquantized_gemm(head, False)
+            dispatch_cpu_unquantized_gemm(self.model.lm_head, False)
         missing = {name for name, _ in self.model.named_parameters()} - written
         if missing or not sent:
             raise SyncError(f"the weight sync sent {len(sent)} tensors and left unwritten: {sorted(missing)}")

@@ -196,16 +196,28 @@ def learner_checks(path, batch):
 
 
 def move_away_and_back(learner):
-    """As between CPU and GPU: a move makes a copy, and what still points to the old memory reads rubbish."""
+    """A Learner's turns of a GPU, by DeepSpeed's own moves: what stays there is not lost, nor what waits in CPU memory.
 
-    def copying_to(tensor, device):
-        copy = tensor.clone()
+    Both places are CPU memory here. As between two devices, a move makes a copy, and what still points to the old memory
+    reads rubbish.
+    """
+    to = torch.Tensor.to
+
+    def copying_to(tensor, device, **how):
+        copy = to(tensor, device) if device == "meta" else tensor.clone()
         tensor.fill_(float("nan"))
         return copy
 
-    with mock.patch.object(torch.Tensor, "to", copying_to):
-        learner.move_optimizer("cpu")
-        learner.move_optimizer(learner.device)
+    learner.stays = not learner.stays  # after one update so, after the next so
+    gpu = mock.patch.object(learner, "device", torch.device("cuda"))
+    with gpu, mock.patch.object(torch.Tensor, "to", copying_to):
+        learner.offload(keep_weights=True)
+        kept = {parameter.ds_tensor.isfinite().all().item() for parameter in learner.network.parameters()}
+        learner.offload()
+        away = learner.engine.optimizer.offloaded_states
+        assert kept == {True} and bool(away) != learner.stays
+        learner.onload()
+        assert not away
 
 
 # ---- Plain torch ------------------------------------------------------------------------------------------------

@@ -100,6 +100,29 @@ def test_32b_on_128_gpus_by_hand():
         assert sum(items.values()) <= 80
 
 
+def test_what_stays_on_the_gpu():
+    """A network that stays is counted where another works, or one that waits in CPU memory still is."""
+    other, beside = "the other network, which stays", "all else that stays"
+    critic, policy = 7_615_616_512 - 152_064 * 3584 + 3584, 7_615_616_512
+    stays, waits = planned(config("orz_7b")), planned(config("orz_7b", "--gpu_memory_utilization=0.9"))
+    assert stays["policy"][other] == pytest.approx(18 * critic / 32 / 2**30)
+    assert stays["critic"][other] == pytest.approx(18 * policy / 32 / 2**30)
+    assert stays["sync"][beside] == pytest.approx((18 * critic + 16 * policy) / 32 / 2**30)
+    assert waits["policy"][other] == waits["critic"][other] == waits["sync"][beside] == 0
+    # 20 bytes of 14.7e9 weights are 273.5 GiB; 80 GiB but for vLLM's 56, 4 of others and 2 to spare are 18 a GPU
+    cfg = [config("orz_7b", f"--workers={n}") for n in (15, 16)]
+    assert [planned(c)["policy"][other] > 0 for c in cfg] == [False, True]
+    source = (ROOT / "launch.py").read_text()
+    assert "free - 20 * learn / cfg.workers - 2**31 > cfg.gpu_memory_utilization * total" in source
+
+
+def test_a_grpo_policy_has_no_neighbour():
+    """Without a critic one is still counted."""
+    phases = planned(config("orz_7b_grpo"))
+    assert phases["policy"]["the other network, which stays"] == 0
+    assert phases["sync"]["all else that stays"] == pytest.approx(16 * 7_615_616_512 / 32 / 2**30)
+
+
 def test_critic_head_and_reference():
     """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
     assert ppo.KEPT_WHOLE == 5 * 10**8  # plan.py has it, too: it imports no torch
