@@ -1,5 +1,6 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
 # make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu     make soak    the long ones
+# make gpu     what only a GPU can show
 # make lines   code lines against the limits, and formatting
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TESTS := $(if $(filter requirements.txt,$(REQUIREMENTS)),.venv-cpu,.venv)
 CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
 INSTALL = $(@D)/bin/pip install --quiet --no-compile --disable-pip-version-check $(FLAGS)
 
-.PHONY: demo test soak lines
+.PHONY: demo test soak gpu lines
 
 demo: .venv/installed
 	@n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; .venv/bin/python launch.py configs/tiny.py $(CPU_WORKERS) --name=demo-$$n
@@ -18,6 +19,9 @@ test: $(TESTS)/installed
 
 soak: $(TESTS)/installed
 	$(TESTS)/bin/python -m pytest -q -m soak
+
+gpu: .venv/installed
+	.venv/bin/python -m pytest -q -rs tests/test_gpu.py
 
 lines: $(TESTS)/installed
 	$(TESTS)/bin/python tests/count_lines.py

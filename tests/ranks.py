@@ -47,8 +47,13 @@ def settings(**overrides):
     return SimpleNamespace(**values | overrides)
 
 
-def run_ranks(module, function, world_size, folder, deadline=300, **arguments):
+# What keeps them off a GPU.
+ON_CPU = {"DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND"}
+
+
+def run_ranks(module, function, world_size, folder, deadline=300, on_gpu=False, **arguments):
     """`deadline`, in seconds, guards against hanging only: ten times what is expected."""
+    environment = {key: value for key, value in ENVIRONMENT.items() if not (on_gpu and key in ON_CPU)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +66,7 @@ def run_ranks(module, function, world_size, folder, deadline=300, **arguments):
         with open(folder / f"{rank}.log", "w") as log:
             process = subprocess.Popen(
                 [sys.executable, __file__, str(folder), str(rank)],
-                env=os.environ | ENVIRONMENT | {name: str(value) for name, value in places.items()},
+                env=os.environ | environment | {name: str(value) for name, value in places.items()},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
@@ -94,7 +99,7 @@ def main(folder, rank):
     import torch
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the Worker does
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     module, function, arguments = pickle.loads((folder / "call.pkl").read_bytes())
     result = getattr(importlib.import_module(module), function)(**arguments)
     (folder / f"{rank}.pkl").write_bytes(pickle.dumps(result))

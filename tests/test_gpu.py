@@ -1,0 +1,179 @@
+"""What only a GPU does: FlashAttention, bf16, the turns of its memory, sleeping vLLM, a whole run. NOT RUN yet.
+
+`make gpu`, with the packages of requirements.txt. Without a GPU all are skipped.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import ranks
+import test_rollout
+import tiny_models
+import torch
+from test_launch import ROOT
+
+import model
+import ppo
+import rollout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_models.make_model(tmp_path_factory.mktemp("models") / "m", hidden=128, dtype=torch.bfloat16)
+
+
+def apart(x, reference):
+    return float((x.double().cpu() - reference.double().cpu()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
+    """The GPU's kernel aligns a shared prompt's queries otherwise, or its window is off by one."""
+    torch.manual_seed(0)
+    # samples a and b of one question, whose prompt has 3 tokens; c of another
+    keys = torch.tensor([*range(10), 0, 1, 2, *range(10, 14), *range(14, 25)])
+    queries, lengths = torch.tensor([0, 10, 14, 25]), torch.tensor([0, 10, 17, 28])
+    pack = {"keys": keys, "cu_seqlens_q": queries, "cu_seqlens_k": lengths}
+    pack = {name: x.int() if "cu" in name else x for name, x in pack.items()} | {"max_seqlen": 11}
+    results = []
+    inputs = [torch.randn(1, heads, 25, 32) for heads in (4, 2, 2)]
+    for place, dtype in ((device, torch.bfloat16), ("cpu", torch.float32)):
+        here = {name: x.to(place) if torch.is_tensor(x) else x for name, x in pack.items()}
+        leaves = [x.bfloat16().to(place, dtype).requires_grad_() for x in inputs]
+        out, _ = model.packed_attention(None, *leaves, None, 32**-0.5, here, sliding_window)
+        (out * torch.arange(out.numel(), device=place).reshape(out.shape).cos()).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(apart(flash, padded) < 2e-2 for flash, padded in zip(*results))
+
+
+def turns(path, device="cuda"):
+    """Updates between which a Learner moves away and back, or stays; GPU memory when it is away."""
+    results = {}
+    rng = np.random.default_rng(0)
+    samples = [
+        ppo.Sample(
+            i,
+            rng.integers(0, 90, 10).astype(np.int32),
+            rng.integers(0, 90, 20).astype(np.int32),
+            np.zeros(20, np.float32),
+            "",
+            "stop",
+        )
+        for i in range(8)
+    ]
+    batch = ppo.Batch(samples)
+    batch.advantages = rng.standard_normal(160).astype(np.float32)
+    for how in ("never moves", "stays", "waits"):
+        ppo.Learner.stays = False
+        learner = ppo.Learner(
+            "policy", ranks.settings(drift_limit=-1.0), path, torch.device(device), torch.bfloat16
+        )
+        ppo.Learner.stays = how == "stays"
+        learner.onload()
+        metrics = []
+        for _ in range(3):
+            metrics.append(learner.update(batch, [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]))
+            if how != "never moves":
+                learner.offload(keep_weights=True)
+                learner.offload()
+                places = {tensor.device.type for _, tensor in learner.optimizer_state() if tensor.dim()}
+                places |= {p.ds_tensor.device.type for p in learner.network.parameters()}
+                learner.onload()
+                results[how, "places"] = places
+        weights = {name: tensor.cpu().clone() for name, tensor in learner.weights()}
+        results[how] = metrics, weights
+    return results
+
+
+def test_turns_of_the_gpu(path, tmp_path):
+    """What was moved to CPU memory and back is trained on as if it had stayed, to the last bit."""
+    (result,) = ranks.run_ranks("test_gpu", "turns", 1, tmp_path, on_gpu=True, path=path)
+    assert result["stays", "places"] == {"cuda"} and result["waits", "places"] == {"cpu"}
+    metrics, weights = result["never moves"]
+    for how in ("stays", "waits"):
+        assert result[how][0] == metrics
+        assert all(torch.equal(result[how][1][name], weights[name]) for name in weights)
+
+
+def engine(path, device="cuda"):
+    """Drift before training, after training without a sync, and after a sync; memory of the sleeping engine."""
+    cfg = ranks.settings(**test_rollout.SETTINGS | {"gpu_memory_utilization": 0.2})
+    learner = ppo.Learner("policy", cfg, path, torch.device(device), torch.bfloat16)
+
+    def held():
+        free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
+        return total - free
+
+    before = held()
+    llm = rollout.Rollout(cfg, path, torch.bfloat16, torch.device(device))
+    result = {"awake": held() - before}
+    sampled, result["hash"] = test_rollout.sample(llm, 1)
+    result["hash again"] = test_rollout.sample(llm, 1)[1]
+    llm.sleep()
+    result["asleep"] = held() - before
+    learner.onload()
+    result["before"] = test_rollout.drift(learner, sampled)
+    learner.lr = 0.02
+    test_rollout.train(learner, sampled, check=False)
+
+    def wake(weights):
+        learner.offload(keep_weights=True)
+        llm.wake("weights")
+        llm.load_weights(weights)
+        learner.offload()
+        llm.wake("kv_cache")
+
+    wake(learner.weights())
+    synced, _ = test_rollout.sample(llm, 2)
+    llm.sleep()
+    learner.onload()
+    result["synced"] = test_rollout.drift(learner, synced)
+    result["stale"] = test_rollout.drift(learner, sampled)
+    changed = ((name, tensor * (1.1 if "norm" in name else 1)) for name, tensor in learner.weights())
+    without = ((name, tensor) for name, tensor in learner.weights() if "model.norm" not in name)
+    for name, weights in (("without", without), ("changed", changed)):
+        try:
+            wake(weights)
+            result[name] = None
+        except rollout.SyncError as error:
+            result[name] = str(error)
+    return result
+
+
+def test_engine_and_learner(path, tmp_path):
+    """The GPU's engine samples from old weights, sleeps on its memory, or takes half a sync for a whole one."""
+    (result,) = ranks.run_ranks("test_gpu", "engine", 1, tmp_path, on_gpu=True, path=path)
+    assert result["asleep"] < 3 * GIB and result["awake"] - result["asleep"] > GIB
+    assert result["hash"] == result["hash again"]
+    assert result["before"][1] < 0.05 and result["synced"][1] < 0.05 < result["stale"][1]
+    assert "model.norm.weight" in result["without"]
+    assert (
+        result["changed"] is None
+    )  # what was sent is what is held: the proof is of the sync, not of the sender
+
+
+def test_demo_on_a_gpu(tmp_path):
+    """The whole of it, in bf16: a run of four steps, which a run of two goes on to."""
+    command = [
+        sys.executable,
+        "launch.py",
+        "configs/tiny.py",
+        f"--out_dir={tmp_path}",
+        "--name=a",
+        "--eval_every=-1",
+    ]
+    for steps in (2, 4):
+        done = subprocess.run(
+            [*command, f"--steps={steps}"], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["drift_mean"] < 0.05 and row["skipped_policy"] == 0 for row in rows)
+    assert (tmp_path / "a/policy/config.json").exists() and (tmp_path / "a/critic/config.json").exists()
