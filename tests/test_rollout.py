@@ -215,6 +215,23 @@ def test_incomplete_sync_is_refused(one):
     assert messages["whole"] is None and largest < 1e-4  # a whole sync afterwards puts it right
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_checksum(dtype):
+    """Weights that vLLM merges and pads look like others, a changed bit like the same, or a view is refused."""
+    torch.manual_seed(0)
+    memory = (10 * torch.randn(3 + 9 * 16)).to(dtype)
+    query, key = memory[3:131].view(8, 16), memory[131:].view(1, 16)  # neither begins at a whole word
+    merged = torch.cat([query, key, torch.zeros(7, 16, dtype=dtype)])
+    parts = rollout.checksum(query) + rollout.checksum(key)
+    assert rollout.checksum(merged) == parts == rollout.checksum(merged.T.contiguous().T)
+    for bit in range(8 * dtype.itemsize):
+        changed = merged.clone()
+        changed.view(torch.int16 if dtype.itemsize == 2 else torch.int32)[5, 7] ^= 1 << bit
+        assert rollout.checksum(changed) != parts, bit
+    odd = memory[1:6]
+    assert rollout.checksum(odd) == rollout.checksum(odd.clone()) == odd.clone().view(torch.uint8).sum()
+
+
 def test_tensor_parallel_ranks_agree_or_the_hash_differs(two):
     """Ranks of one engine that are seeded differently return different tokens, with no error at all."""
     hashes = [rank["hashes"] for rank in two]
