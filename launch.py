@@ -227,9 +227,9 @@ class Worker:
         kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
         self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
         learn = sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
-        # All that learns stays on the GPU if that leaves vLLM its share and 2 GiB: at most 20 bytes a weight, as in plan.py.
+        # All that learns stays on the GPU if that leaves vLLM its share and 4 GiB: at most 20 bytes a weight, as in plan.py.
         free, total = torch.cuda.mem_get_info() if on_gpu else (0, 1)
-        ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**31 > cfg.gpu_memory_utilization * total
+        ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**32 > cfg.gpu_memory_utilization * total
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
         self.grader = Grader(max(1, min(os.cpu_count() * cfg.tensor_parallel // cfg.workers, 8)))

@@ -101,9 +101,9 @@ def plan(cfg, shape, gpu_memory):
     x["sequences"], x["n"] = 0.0, shape.params
     critic = critic_shape(cfg, shape)
     x["learn"] = shape.params + (critic.params if critic else 0)
-    other = sum(eval(formula, x) for formula in OTHER.values())
-    # 20 bytes a weight at most, and 2 GiB to spare
-    room = (1 - cfg.gpu_memory_utilization) * gpu_memory * 2**30 - other - 2**31
+    # 20 bytes a weight at most, 4 GiB to spare, and 1 GiB (a guess) that CUDA and NCCL have taken before vLLM starts
+    room = (1 - cfg.gpu_memory_utilization) * gpu_memory * 2**30 - 5 * 2**30
+    room -= (cfg.kl_coef > 0) * x["size"] * shape.params / cfg.workers
     x["stays"] = int(room > 20 * x["learn"] / cfg.workers)
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit

@@ -6,11 +6,13 @@ python bench/gpu.py --shapes=toy                               without one: only
 In:   Qwen2.5's shapes with random weights (step.random_model), one GPU, bf16.
 Out:  for each shape
       sync: Rollout.load_weights(Learner.weights()), as in a step, with its proofs: seconds, and the bytes it must move (each
-      weight read once and written once) over them, as a share of the bandwidth of a large copy on this GPU. Goal: 0.5.
+      weight read once and written once) over them, as a share of the bandwidth of a large copy on this GPU. Goal: 0.5;
+      at most a third is to be expected, since vLLM's reload copies each weight twice and both checksums read it.
       asleep: GPU memory that this process holds more with vLLM asleep than before vLLM was made. Goal: under 3 GiB.
       train: Learner.update on packs of 16,384 tokens, two samples each, with and without gradient checkpointing: model
       FLOPs (6 a weight and token, and 6·A·D·l² a layer for causal attention; what is computed twice counts once) over
-      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
+      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. The seconds hold the forward pass
+      of one of the packs, for update_kl, which is not counted. 7B does not fit.
 
 Each runs in a process of its own, so that it finds the GPU's memory empty.
 """
@@ -36,7 +38,7 @@ def prepared(name, **overrides):
     import torch
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"LOCAL_RANK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {"LOCAL_RANK": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -93,7 +93,7 @@ def turns(path, device="cuda"):
 
 def test_turns_of_the_gpu(path, tmp_path):
     """What was moved to CPU memory and back is trained on as if it had stayed, to the last bit."""
-    (result,) = ranks.run_ranks("test_gpu", "turns", 1, tmp_path, on_gpu=True, path=path)
+    (result,) = ranks.run_ranks("test_gpu", "turns", 1, tmp_path, 900, on_gpu=True, path=path)
     assert result["stays", "places"] == {"cuda"} and result["waits", "places"] == {"cpu"}
     metrics, weights = result["never moves"]
     for how in ("stays", "waits"):
@@ -119,7 +119,7 @@ def engine(path, device="cuda"):
     result["asleep"] = held() - before
     learner.onload()
     result["before"] = test_rollout.drift(learner, sampled)
-    learner.lr = 0.02
+    learner.lr = learner.final_lr = 0.02
     test_rollout.train(learner, sampled, check=False)
 
     def wake(weights):
@@ -148,7 +148,7 @@ def engine(path, device="cuda"):
 
 def test_engine_and_learner(path, tmp_path):
     """The GPU's engine samples from old weights, sleeps on its memory, or takes half a sync for a whole one."""
-    (result,) = ranks.run_ranks("test_gpu", "engine", 1, tmp_path, on_gpu=True, path=path)
+    (result,) = ranks.run_ranks("test_gpu", "engine", 1, tmp_path, 900, on_gpu=True, path=path)
     assert result["asleep"] < 3 * GIB and result["awake"] - result["asleep"] > GIB
     assert result["hash"] == result["hash again"]
     assert result["before"][1] < 0.05 and result["synced"][1] < 0.05 < result["stale"][1]

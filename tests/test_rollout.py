@@ -105,7 +105,7 @@ def stale_sync(learner, engine):
     """A sync that takes all weights and keeps the old ones; what the next update says to it."""
     engine.load_weights(learner.weights())
     train(learner, sample(engine, 8)[0])
-    learner.lr = 0.02
+    learner.lr = learner.final_lr = 0.02
     for seed in (9, 10):
         engine.load_weights(learner.weights())
         train(learner, sample(engine, seed)[0])  # with every sync in place nothing is refused
