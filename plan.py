@@ -92,6 +92,12 @@ def critic_shape(cfg, shape):
     return SimpleNamespace(**vars(critic) | {"params": critic.params - critic.head + critic.H})
 
 
+def weights_that_learn(cfg, shape):
+    """The policy's and the critic's."""
+    critic = critic_shape(cfg, shape)
+    return shape.params + (critic.params if critic else 0)
+
+
 def plan(cfg, shape, gpu_memory):
     """Phases → {what: GiB that one GPU holds of it}. It fits where no phase holds more than gpu_memory."""
     x = vars(cfg) | vars(shape) | {"gpu_memory": gpu_memory, "size": 4 if cfg.dtype == "float32" else 2}
@@ -99,8 +105,7 @@ def plan(cfg, shape, gpu_memory):
     x["token_bytes"] = 2 * shape.L * heads * shape.D * x["size"]
     sequence = (cfg.max_prompt_tokens + cfg.max_response_tokens) * x["token_bytes"]
     x["sequences"], x["n"] = 0.0, shape.params
-    critic = critic_shape(cfg, shape)
-    x["learn"] = shape.params + (critic.params if critic else 0)
+    x["learn"] = weights_that_learn(cfg, shape)
     # 20 bytes a weight at most, 4 GiB to spare, and 1 GiB (a guess) that CUDA and NCCL have taken before vLLM starts
     room = (1 - cfg.gpu_memory_utilization) * gpu_memory * 2**30 - 5 * 2**30
     room -= (cfg.kl_coef > 0) * x["size"] * shape.params / cfg.workers
@@ -108,7 +113,7 @@ def plan(cfg, shape, gpu_memory):
     left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
     x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
     phases = {"generate": (GENERATE, x)}
-    if critic:
+    if critic := critic_shape(cfg, shape):
         phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": critic.params, "params": shape.params})
     phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
     result = {}
@@ -204,8 +209,7 @@ def main(argv):
         packs = -(-responses // (cfg.max_tokens_per_pack // full))
         print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
         print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
-        critic = critic_shape(cfg, shape)
-        weights = shape.params + (critic.params if critic else 0)
+        weights = weights_that_learn(cfg, shape)
         waiting = 18 * weights / cfg.workers / 2**30
         print(f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here")
         at_once = cfg.keep_checkpoints + 2  # the best, and one being written

@@ -134,7 +134,7 @@ def checksum(tensor):
     """The sum of a tensor's bits, in words of 64, modulo 2^64; of parts that are merged, or padded with zeros, the sum of
     theirs (not of one that is transposed, as vLLM does with GPT-2's: refused). It is exact and reads each weight once, where
     sums in fp64 would first copy 16-bit weights into fp64."""
-    # words begin at whole words
+    # what does not begin at a whole word cannot be seen as words: a copy does
     flat = tensor.flatten() if tensor.storage_offset() % 8 == 0 else tensor.clone().flatten()
     return flat.view(torch.int64 if len(flat) % 8 == 0 else torch.uint8).sum()
 

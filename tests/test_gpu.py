@@ -53,7 +53,7 @@ def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
 
 
 def turns(path, device="cuda"):
-    """Updates between which a Learner moves away and back, or stays; GPU memory when it is away."""
+    """Updates between which a Learner moves away and back, or stays; where its parts are while it is away."""
     results = {}
     rng = np.random.default_rng(0)
     samples = [
@@ -153,13 +153,12 @@ def test_engine_and_learner(path, tmp_path):
     assert result["hash"] == result["hash again"]
     assert result["before"][1] < 0.05 and result["synced"][1] < 0.05 < result["stale"][1]
     assert "model.norm.weight" in result["without"]
-    assert (
-        result["changed"] is None
-    )  # what was sent is what is held: the proof is of the sync, not of the sender
+    # the proof is of the sync, not of the sender: what was sent is what is held
+    assert result["changed"] is None
 
 
 def test_demo_on_a_gpu(tmp_path):
-    """The whole of it, in bf16: a run of four steps, which a run of two goes on to."""
+    """The whole of it, in bf16: a run of two steps, which goes on to four."""
     command = [
         sys.executable,
         "launch.py",
