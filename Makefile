@@ -1,7 +1,7 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
 # make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu     make soak    the long ones
 # make gpu     what only a GPU can show
-# make lines   code lines against the limits, and formatting
+# make lines   how the code reads (lines, tokens a line, longest functions), then formatting and lint, which alone can fail
 
 PYTHON ?= python3
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
