@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 from configs.load import UserError
 from data.load import chat_template
-from launch import Workers, checkpoints, start_ray, trained
+from launch import start_ray
 from log import Log
+from workers import Workers, checkpoints, trained
 
 
 def export(folder, step):

@@ -32,13 +32,13 @@ RUNS["learning rate 0"] = ["--seed=1", "--policy_lr=0"]
 
 # A control: in training the reward says nothing about the response.
 SHUFFLED = """
-import sys, launch
+import sys, launch, workers
 
 class Shuffled(launch.Workers):
     def generate(self, phase, prompts, num_samples, step):
         samples = super().generate(phase, prompts, num_samples, step)
         if phase != "eval":
-            rewards = launch.rng_for(step, "shuffle").permutation([sample.reward for sample in samples])
+            rewards = workers.rng_for(step, "shuffle").permutation([sample.reward for sample in samples])
             for sample, reward in zip(samples, rewards.tolist()):
                 sample.reward = reward
         return samples

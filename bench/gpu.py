@@ -126,6 +126,7 @@ def sync(name, repeats):
 def train(name, repeats, checkpointing):
     import numpy as np
 
+    import packing
     import ppo
 
     lengths = {"max_response_tokens": RESPONSE, "max_tokens_per_pack": PACK, "max_prompt_tokens": 192}
@@ -136,7 +137,7 @@ def train(name, repeats, checkpointing):
     rng, packs = np.random.default_rng(0), 4 if device.type == "cuda" else 1
     vocabulary, (prompt, response) = SHAPES[name][5], (192, RESPONSE if device.type == "cuda" else 200)
     samples = [
-        ppo.Sample(
+        packing.Sample(
             question,
             rng.integers(0, vocabulary, prompt).astype(np.int32),
             rng.integers(0, vocabulary, response).astype(np.int32),
@@ -147,7 +148,7 @@ def train(name, repeats, checkpointing):
         )
         for question in range(2 * packs)
     ]
-    batch = ppo.Batch(samples)
+    batch = packing.Batch(samples)
     batch.advantages = rng.standard_normal(len(batch.logprobs)).astype(np.float32)
     plans, seconds = [[[[2 * i, 2 * i + 1] for i in range(packs)]]], []
     for _ in range(repeats + 1):

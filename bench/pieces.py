@@ -112,8 +112,8 @@ def lengths_like_orz(rng, count=RESPONSES):
 
 
 def batch_like_orz(rng, lengths):
-    """A ppo.Batch of such responses, 64 to a question, with values, advantages and returns."""
-    import ppo
+    """A packing.Batch of such responses, 64 to a question, with values, advantages and returns."""
+    import packing
 
     prompts = [
         rng.integers(0, VOCABULARY, n, np.int32) for n in rng.integers(100, 300, len(lengths) // 64 + 1)
@@ -123,9 +123,9 @@ def batch_like_orz(rng, lengths):
         prompt = prompts[i // 64]
         response = rng.integers(0, VOCABULARY, length, np.int32)
         logprobs = np.zeros(length, np.float32)
-        return ppo.Sample(i // 64, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
+        return packing.Sample(i // 64, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
 
-    batch = ppo.Batch([sample(i, length) for i, length in enumerate(lengths)])
+    batch = packing.Batch([sample(i, length) for i, length in enumerate(lengths)])
     batch.values = rng.random(len(batch.logprobs), np.float32)
     batch.advantages = batch.returns = batch.values
     return batch
@@ -194,12 +194,12 @@ def first_fit(lengths, budget):
 
 def packing(repeats, batch):
     """For 128 ranks and a hidden size of 5,120 (ORZ-32B). Balance: the slowest rank's work over the mean."""
-    import ppo
+    import packing
 
     lengths, ranks, hidden = batch.lengths, 128, 5120
     row, plan, naive = in_turns(
         repeats,
-        lambda: ppo.pack(lengths, BUDGET, ranks, hidden),
+        lambda: packing.pack(lengths, BUDGET, ranks, hidden),
         lambda: first_fit(lengths.tolist(), BUDGET),
     )
     cost = lengths * (1 + lengths / (12 * hidden))
@@ -257,13 +257,13 @@ def make_packs(repeats, batch):
     """What one of 128 ranks makes of its packs, and the loop of the first of them."""
     import torch
 
-    import ppo
+    import packing
 
-    packs = ppo.pack(batch.lengths, BUDGET, 128, 5120)[0]
+    packs = packing.pack(batch.lengths, BUDGET, 128, 5120)[0]
     tokens = [int(batch.lengths[pack].sum()) for pack in packs]
     row, ours, looped = in_turns(
         repeats,
-        lambda: [ppo.make_pack(batch, pack, "cpu", ["values"]) for pack in packs],
+        lambda: [packing.make_pack(batch, pack, "cpu", ["values"]) for pack in packs],
         lambda: looped_pack(batch, packs[0]),
         sum(tokens),
         tokens[0],

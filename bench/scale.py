@@ -3,7 +3,7 @@
 python bench/scale.py [--steps=4] [--step_seconds=60] [--workers=8,32,128]     writes bench/results/scale.json
 
 In:   launch.train as it is, with the settings of configs/orz_32b.py: 8,192 responses of up to 8,000 tokens a step (mean
-      2,200, four characters a token), through launch.Workers and Ray's object store, ppo.Batch, packing, GAE, and the log
+      2,200, four characters a token), through launch.Workers and Ray's object store, packing.Batch, packing, GAE, and the log
       with its samples files. Each Worker is a Ray actor on this machine that imports numpy and not torch: it makes
       responses of those lengths and sleeps for the time of its phase (the shares that docs/smollm2/metrics.jsonl
       recorded, of a step of step_seconds). No network is involved: all processes share one object store.
@@ -29,6 +29,7 @@ import psutil
 from pieces import RESPONSES, ROOT, lengths_like_orz, machine, spread, write
 
 import launch
+import workers as worker_module
 from configs.load import load
 from data.load import Prompt, Question
 
@@ -47,7 +48,7 @@ def recorded_seconds(step_seconds):
 
 
 def stand_in(seconds, lengths, stats, text):
-    """The class that takes launch.Worker's place: same methods, numpy only."""
+    """The class that takes workers.Worker's place: same methods, numpy only."""
 
     class StandIn:
         def __init__(self, cfg, rank):
@@ -55,11 +56,11 @@ def stand_in(seconds, lengths, stats, text):
             import types
 
             self.cfg, self.rank = cfg, rank
-            # Objects cross processes by name: here ppo, which would import torch, is two empty classes.
-            lean = types.ModuleType("ppo")
+            # Objects cross processes by name: here packing, which would import torch, is two empty classes.
+            lean = types.ModuleType("packing")
             for name in ("Sample", "Batch"):
-                setattr(lean, name, type(name, (), {"__module__": "ppo"}))
-            sys.modules["ppo"] = lean
+                setattr(lean, name, type(name, (), {"__module__": "packing"}))
+            sys.modules["packing"] = lean
 
         def address(self):
             return "127.0.0.1", 0
@@ -89,7 +90,7 @@ def stand_in(seconds, lengths, stats, text):
                 requests if self.rank % self.cfg.tensor_parallel == 0 else []
             ):
                 length = int(rng.choice(lengths))
-                sample = sys.modules["ppo"].Sample()
+                sample = sys.modules["packing"].Sample()
                 sample.__dict__ |= {
                     "question": question,
                     "prompt_ids": prompt.ids,
@@ -215,7 +216,7 @@ def measure(num_workers, options):
     seconds = recorded_seconds(options.step_seconds)
     lengths = lengths_like_orz(np.random.default_rng(0))
     stats = reward.response_stats(TEXT)
-    launch.Worker = stand_in(seconds, lengths, stats, TEXT)
+    worker_module.Worker = stand_in(seconds, lengths, stats, TEXT)
     rng = np.random.default_rng(1)
     words = "Find the sum of all positive integers n such that n^2 + 12n - 2007 is a perfect square. "
     prompts = [

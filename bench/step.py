@@ -33,6 +33,7 @@ from pieces import ROOT, gpu_name, machine, spread, write
 
 import launch
 import plan
+import workers as worker_module
 
 GOAL = 1 / 0.85
 TOKEN = launch.secrets.token_hex(32)
@@ -68,7 +69,7 @@ SHAPES = {
 }
 
 
-class Measured(launch.Worker):
+class Measured(worker_module.Worker):
     """A Worker whose responses have one length, and which can measure the floor of what it has just done."""
 
     def setup(self, address, port):
@@ -114,7 +115,7 @@ class Measured(launch.Worker):
         import torch
 
         import model
-        import ppo
+        import packing
 
         def timed(function):
             torch.distributed.barrier()
@@ -146,7 +147,9 @@ class Measured(launch.Worker):
                 self.plain[kind] = network.to(learner.device)
             network = self.plain[kind]
             plans = [plans] if method == "forward" else plans
-            updates = [[ppo.make_pack(batch, i, learner.device) for i in plan[self.rank]] for plan in plans]
+            updates = [
+                [packing.make_pack(batch, i, learner.device) for i in plan[self.rank]] for plan in plans
+            ]
 
             def run():
                 for packs in updates:
@@ -194,7 +197,7 @@ class MeasuredWorkers(launch.Workers):
 def measured_run(arguments, between):
     """launch.main with these arguments; returns a row for each step."""
     MeasuredWorkers.rows, MeasuredWorkers.between = [], between
-    launch.Worker, launch.Workers = Measured, MeasuredWorkers
+    worker_module.Worker, launch.Workers = Measured, MeasuredWorkers
     launch.secrets.token_hex = lambda size: TOKEN  # Ray keeps the first of a process, for all its clusters
     # Each process that Ray starts finds this file, behind the project's own.
     os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}

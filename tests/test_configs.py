@@ -19,6 +19,8 @@ GOOD = 'model = "m"\ntrain_data = ["t"]\n'
 SOURCES = (
     "plan.py",
     "launch.py",
+    "workers.py",
+    "packing.py",
     "ppo.py",
     "rollout.py",
     "model.py",

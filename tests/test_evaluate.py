@@ -9,7 +9,7 @@ from test_launch import ROOT, metrics, run
 
 import launch
 from data.load import Prompt, Question
-from ppo import Sample
+from packing import Sample
 
 
 def sample(answer, reward, reason="stop", length=2, graded="by_number"):

@@ -16,6 +16,7 @@ import torch
 from test_launch import ROOT
 
 import model
+import packing
 import ppo
 import rollout
 
@@ -57,7 +58,7 @@ def turns(path, device="cuda"):
     results = {}
     rng = np.random.default_rng(0)
     samples = [
-        ppo.Sample(
+        packing.Sample(
             i,
             rng.integers(0, 90, 10).astype(np.int32),
             rng.integers(0, 90, 20).astype(np.int32),
@@ -67,7 +68,7 @@ def turns(path, device="cuda"):
         )
         for i in range(8)
     ]
-    batch = ppo.Batch(samples)
+    batch = packing.Batch(samples)
     batch.advantages = rng.standard_normal(160).astype(np.float32)
     for how in ("never moves", "stays", "waits"):
         ppo.Learner.stays = False

@@ -185,15 +185,15 @@ def test_a_dead_worker_ends_the_run(tmp_path):
 
 
 STALE = """
-import sys, launch
+import sys, launch, workers
 
-class Stale(launch.Worker):
+class Stale(workers.Worker):
     def sync(self):
         for _ in self.learners["policy"].weights():
             pass  # gathered as always, and thrown away
         self.owner = "rollout"
 
-launch.Worker = Stale
+workers.Worker = Stale
 sys.exit(launch.main(sys.argv[1:]))
 """
 

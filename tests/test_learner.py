@@ -12,6 +12,7 @@ import tiny_models
 import torch
 
 import model
+import packing
 import ppo
 
 RESPONSE_LENS = [9, 4, 12, 1, 7, 0, 5, 11, 6, 3, 8, 10, 2, 7, 5, 9, 4, 6, 8, 3, 11, 5, 2, 7]
@@ -29,8 +30,8 @@ def make_batch(path):
         response = rng.integers(0, tiny_models.VOCABULARY, response_len).astype(np.int32)
         with torch.no_grad():
             logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
-        samples.append(ppo.Sample(i // 3, prompt, response, logprobs, "", "stop", float(i % 3 == 0)))
-    batch = ppo.Batch(samples)
+        samples.append(packing.Sample(i // 3, prompt, response, logprobs, "", "stop", float(i % 3 == 0)))
+    batch = packing.Batch(samples)
     n = len(batch.logprobs)
     batch.values = rng.normal(0, 0.3, n).astype(np.float32)
     batch.returns = np.repeat(batch.rewards, batch.response_lens)

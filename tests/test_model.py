@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import model
-import ppo
+import packing
 
 
 @pytest.fixture(scope="module", params=list(tiny_models.KINDS))
@@ -25,8 +25,8 @@ def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12), (9, 8), (3, 0
         ids = rng.integers(0, tiny_models.VOCABULARY, prompt_len + response_len).astype(np.int32)
         prompt = prompts.setdefault(prompt_len, ids[:prompt_len])
         logprobs = np.zeros(response_len, np.float32)
-        samples.append(ppo.Sample(prompt_len, prompt, ids[prompt_len:], logprobs, "", "stop"))
-    return samples, ppo.Batch(samples)
+        samples.append(packing.Sample(prompt_len, prompt, ids[prompt_len:], logprobs, "", "stop"))
+    return samples, packing.Batch(samples)
 
 
 def gradients(network):
@@ -56,7 +56,7 @@ def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkp
     order = [3, 7, 1, 4, 0, 2, 6, 5]
     weights = torch.randn(len(batch.logprobs), generator=torch.Generator().manual_seed(1))
     policy = model.load_network("policy", folder, torch.float32, checkpointing)
-    logprobs, entropy = policy(ppo.make_pack(batch, order, "cpu"), temperature)
+    logprobs, entropy = policy(packing.make_pack(batch, order, "cpu"), temperature)
     places = np.concatenate([np.arange(len(weights))[tiny_models.place(batch, i)] for i in order])
     (logprobs * weights[places]).sum().backward()
 
@@ -77,7 +77,7 @@ def test_packed_critic_equals_one_sequence_at_a_time(folder):
     samples, batch = random_batch()
     critic = model.load_network("critic", folder, torch.float32, seed=3)
     order = [2, 6, 0, 3, 5, 7, 4, 1]
-    values = critic(ppo.make_pack(batch, order, "cpu"))
+    values = critic(packing.make_pack(batch, order, "cpu"))
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
     (values * weights).sum().backward()
 
@@ -140,7 +140,7 @@ def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
         model.load_network("policy", folder, torch.float32),
         model.load_network("critic", folder, torch.float32),
     ):
-        out = network(ppo.make_pack(batch, [], "cpu"))
+        out = network(packing.make_pack(batch, [], "cpu"))
         out = out[0] if isinstance(out, tuple) else out
         assert out.shape == (0,)
         out.sum().backward()
@@ -161,7 +161,7 @@ def test_policy_folder_round_trip(folder, tmp_path):
         assert torch.equal(parameter, again.get_parameter(name)), name
         assert torch.equal(parameter, plain.get_parameter(name.removeprefix("hf."))), name
     samples, batch = random_batch()
-    ours = policy(ppo.make_pack(batch, [0, 4], "cpu"))[0]
+    ours = policy(packing.make_pack(batch, [0, 4], "cpu"))[0]
     theirs = [
         tiny_models.plain_logprobs(plain, samples[i].prompt_ids, samples[i].response_ids)[0] for i in (0, 4)
     ]
@@ -202,7 +202,7 @@ def test_code_in_a_model_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("REMOTE_CODE_RAN", str(tmp_path / "ran"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     samples, batch = random_batch()
-    pack = ppo.make_pack(batch, [0, 4], "cpu")
+    pack = packing.make_pack(batch, [0, 4], "cpu")
     path = tiny_models.make_model(tmp_path / "model", LlamaConfig)
     expected = model.load_network("policy", path, torch.float32)(pack)[0]
     tiny_models.bring_code(tmp_path / "model")

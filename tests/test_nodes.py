@@ -235,13 +235,13 @@ def test_a_node_that_leaves_and_comes_back(both, tmp_path, on_one_node):
 
 PORT_OF_RANK_0 = 29999
 FIXED_PORT = f"""
-import sys, launch
+import sys, launch, workers
 
-class Fixed(launch.Worker):
+class Fixed(workers.Worker):
     def address(self):
         return super().address()[0], {PORT_OF_RANK_0}
 
-launch.Worker = Fixed
+workers.Worker = Fixed
 sys.exit(launch.main(sys.argv[1:]))
 """
 

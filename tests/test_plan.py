@@ -112,7 +112,7 @@ def test_what_stays_on_the_gpu():
     # 20 bytes of 14.7e9 weights are 273.5 GiB; 80 GiB but for vLLM's 56, 1 of CUDA and 4 to spare are 19 a GPU
     cfg = [config("orz_7b", f"--workers={n}") for n in (14, 15)]
     assert [planned(c)["policy"][other] > 0 for c in cfg] == [False, True]
-    source = (ROOT / "launch.py").read_text()
+    source = (ROOT / "workers.py").read_text()
     assert "free - 20 * learn / cfg.workers - 2**32 > cfg.gpu_memory_utilization * total" in source
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import launch
+import packing
 import ppo
 
 EXACT = settings(deadline=None, derandomize=True, max_examples=100)
@@ -73,8 +74,8 @@ def make_batch(response_lens, rewards=None, prompt_len=3, questions=None):
         prompt = prompts.setdefault(question, ids[:prompt_len])
         reward = float(rewards[i]) if rewards is not None else 0.0
         logprobs = -ids[prompt_len:].astype(np.float32)
-        samples.append(ppo.Sample(question, prompt, ids[prompt_len:], logprobs, "", "stop", reward))
-    return ppo.Batch(samples)
+        samples.append(packing.Sample(question, prompt, ids[prompt_len:], logprobs, "", "stop", reward))
+    return packing.Batch(samples)
 
 
 def test_reward_and_kl_penalty_per_token():
@@ -183,7 +184,7 @@ def test_packing_of_orz_lengths(ranks, seed):
     """A rank with a tenth more work makes all the others wait in every update; so does a pack more than needed."""
     lengths = orz_lengths(seed)
     assert 2000 < lengths.mean() < 2400
-    plan = ppo.pack(lengths, BUDGET, ranks, HIDDEN)
+    plan = packing.pack(lengths, BUDGET, ranks, HIDDEN)
     check_plan(plan, lengths, BUDGET, ranks)
     check_few(plan, lengths, ranks)
     per_rank = np.array([sum(work(lengths[i]) for indices in packs for i in indices) for packs in plan])
@@ -196,7 +197,7 @@ def test_packing_of_one_critic_mini_batch(ranks):
     order = np.random.default_rng(0).permutation(8192)
     for part in np.array_split(order, 12)[:4]:
         lengths = orz_lengths(0)[part]
-        plan = ppo.pack(lengths, BUDGET, ranks, HIDDEN)
+        plan = packing.pack(lengths, BUDGET, ranks, HIDDEN)
         check_plan(plan, lengths, BUDGET, ranks)
         check_few(plan, lengths, ranks)
         per_rank = np.array([sum(work(lengths[i]) for indices in packs for i in indices) for packs in plan])
@@ -217,7 +218,7 @@ def test_packing_of_coarse_lengths(shape):
         place = next((i for i, room in enumerate(free) if room >= length), len(free))
         free[place:] = free[place:] or [BUDGET]
         free[place] -= length
-    plan = ppo.pack(lengths, BUDGET, 1, HIDDEN)
+    plan = packing.pack(lengths, BUDGET, 1, HIDDEN)
     check_plan(plan, lengths, BUDGET, 1)
     assert len(plan[0]) <= len(free)
 
@@ -227,7 +228,7 @@ def test_packing_of_few_samples(ranks):
     """A small step, of fewer tokens than the packs would hold: one rank gets them nearly all, and the others wait."""
     for seed in range(20):
         lengths = np.random.default_rng(seed).integers(130, 190, 32)
-        plan = ppo.pack(lengths, 2048, ranks, 576)
+        plan = packing.pack(lengths, 2048, ranks, 576)
         check_plan(plan, lengths, 2048, ranks)
         per_rank = np.array([sum(lengths[i] for indices in packs for i in indices) for packs in plan])
         assert len(plan[0]) == -(-3 // ranks) and per_rank.max() <= 1.04 * per_rank.mean()
@@ -237,17 +238,17 @@ def test_packing_of_few_samples(ranks):
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), ranks=st.integers(1, 9))
 def test_packing_keeps_every_sample_once(lengths, ranks):
     """A sample lost or doubled at odd sizes: fewer samples than ranks, one sample, full packs."""
-    check_plan(ppo.pack(lengths, 50, ranks, HIDDEN), lengths, 50, ranks)
+    check_plan(packing.pack(lengths, 50, ranks, HIDDEN), lengths, 50, ranks)
 
 
 def test_packing_at_the_edges():
     """Packs that could hold one token more; a sample that fits nowhere must be named, not searched a place for ever."""
-    assert ppo.pack([50, 50], 50, 2, HIDDEN) in ([[[0]], [[1]]], [[[1]], [[0]]])
-    assert sum(len(indices) for packs in ppo.pack([7], 50, 4, HIDDEN) for indices in packs) == 1
-    assert len(ppo.pack([25, 25, 25, 25], 50, 2, HIDDEN)[0]) == 1
-    assert len(ppo.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # none of them share a pack
+    assert packing.pack([50, 50], 50, 2, HIDDEN) in ([[[0]], [[1]]], [[[1]], [[0]]])
+    assert sum(len(indices) for packs in packing.pack([7], 50, 4, HIDDEN) for indices in packs) == 1
+    assert len(packing.pack([25, 25, 25, 25], 50, 2, HIDDEN)[0]) == 1
+    assert len(packing.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # none of them share a pack
     with pytest.raises(ValueError, match="51 tokens does not fit into a pack of 50"):
-        ppo.pack([3, 51, 4], 50, 1, HIDDEN)
+        packing.pack([3, 51, 4], 50, 1, HIDDEN)
 
 
 def draw_batch(data, response_lens, num_questions, prompt_len=3):
@@ -269,7 +270,7 @@ def test_pack_contents(response_lens, prompt_len, data):
     that reads another question's prompt, or its sister's response; a prompt that stands there twice."""
     batch, questions, order = draw_batch(data, response_lens, 3, prompt_len)
     indices = order[:4]
-    pack = ppo.make_pack(batch, list(indices), "cpu", ["logprobs"])
+    pack = packing.make_pack(batch, list(indices), "cpu", ["logprobs"])
     assert pack["input_ids"].dtype == pack["targets"].dtype == torch.int64
     assert pack["cu_seqlens_q"].dtype == pack["cu_seqlens_k"].dtype == torch.int32
     prompts = {questions[i] for i in indices}
@@ -299,7 +300,7 @@ def test_pack_contents(response_lens, prompt_len, data):
 
 def test_empty_pack_predicts_nothing():
     """A rank without work must still run the network: tokens to read, none to predict."""
-    pack = ppo.make_pack(make_batch([2, 3]), [], "cpu", ["logprobs"])
+    pack = packing.make_pack(make_batch([2, 3]), [], "cpu", ["logprobs"])
     assert len(pack["input_ids"]) == 3 and pack["cu_seqlens_q"].tolist() == [0, 3]
     assert len(pack["positions"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
 
@@ -324,11 +325,11 @@ def test_bundles(response_lens, capacity, data):
     """A sample lost; one that shares another question's prompt; a bundle so large that no pack is even."""
     batch, questions, order = draw_batch(data, response_lens, 5)
     part = order[: len(order) // 2 + 1]
-    bundles, sizes = ppo.bundle(batch, np.array(part), capacity)
+    bundles, sizes = packing.bundle(batch, np.array(part), capacity)
     assert sorted(i for samples in bundles for i in samples) == sorted(part)
     for samples, size in zip(bundles, sizes, strict=True):
         assert len({questions[i] for i in samples}) == 1
-        assert size == len(ppo.make_pack(batch, samples, "cpu")["input_ids"])
+        assert size == len(packing.make_pack(batch, samples, "cpu")["input_ids"])
         assert size <= capacity or len(samples) == 1
     # No two bundles of a question would go into one.
     by_question = {q: [n for n, s in enumerate(bundles) if questions[s[0]] == q] for q in questions}

@@ -258,7 +258,7 @@ def write_step(run, step, results, choices=None):
 
     from data.load import Prompt, Question
     from log import Log, sample_line
-    from ppo import Sample
+    from packing import Sample
 
     ids = np.array([1, 2], np.int32)
     prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]

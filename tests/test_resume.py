@@ -109,7 +109,7 @@ def export(folder, step):
 
 
 DISTURB = """
-import json, random, signal, sys, threading, launch, psutil
+import json, random, signal, sys, threading, launch, psutil, workers
 
 todo_file, last = sys.argv[1], 0
 todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun, or which signal arrives
@@ -128,7 +128,7 @@ def disturb(victim):
 class Disturbed(launch.Workers):
     def start(self, step=None):
         global last
-        last = launch.np.inf
+        last = float("inf")
         super().start(step)
         last = self.step
 

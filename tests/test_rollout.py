@@ -13,6 +13,7 @@ import ranks
 import tiny_models
 import torch
 
+import packing
 import ppo
 import rollout
 
@@ -31,17 +32,19 @@ def sample(engine, seed, temperature=1.0):
 
     for index, *response in engine.generate(PROMPTS, seed, temperature, 1.0):
         assert samples[index] is None, "finished twice"
-        samples[index] = ppo.Sample(index, np.array(PROMPTS[index], np.int32), *response, float(index % 2))
+        samples[index] = packing.Sample(
+            index, np.array(PROMPTS[index], np.int32), *response, float(index % 2)
+        )
     ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples))
     return samples, ids_hash
 
 
 def train(learner, samples, check=True):
     """One policy update on these samples, which may refuse them."""
-    batch = ppo.Batch(samples)
+    batch = packing.Batch(samples)
     batch.advantages = ppo.normalise(np.repeat(batch.rewards, batch.response_lens))
     learner.drift_limit = abs(learner.drift_limit) * (1 if check else -1)
-    plan = ppo.pack(batch.lengths, 256, torch.distributed.get_world_size(), 128)
+    plan = packing.pack(batch.lengths, 256, torch.distributed.get_world_size(), 128)
     try:
         learner.update(batch, [plan])
     finally:
@@ -50,7 +53,7 @@ def train(learner, samples, check=True):
 
 def drift(learner, samples):
     """The largest and the mean |log-prob of the sampler − of the learner| over all sampled tokens."""
-    batch, world_size = ppo.Batch(samples), torch.distributed.get_world_size()
+    batch, world_size = packing.Batch(samples), torch.distributed.get_world_size()
     packs = [[i] for i in range(len(samples))] + [[]] * (-len(samples) % world_size)  # one sample at a time
     whole = [packs[rank::world_size] for rank in range(world_size)]
     apart = np.abs(learner.forward(batch, whole) - batch.logprobs)
