@@ -19,13 +19,15 @@ Shapes: T tokens of a pack, N response tokens of it, B samples, K the sum of the
 
 import glob
 import os
+import re
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Logits held at once. 2^28 fp32 numbers are 1 GiB: 1,766 tokens of a 151,936-word vocabulary.
@@ -135,13 +137,18 @@ def hidden_states(backbone, pack):
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------
 
 
+def auto_class(kind):
+    return AutoModel if kind == "critic" else AutoModelForCausalLM
+
+
 def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=False):
     """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own).
 
     Python code in the folder is run only with `trust`; a model that needs it is refused (ValueError) without.
     """
-    auto = AutoModel if kind == "critic" else AutoModelForCausalLM
-    hf = auto.from_pretrained(path, dtype=dtype, attn_implementation="packed", trust_remote_code=trust)
+    hf = auto_class(kind).from_pretrained(
+        path, dtype=dtype, attn_implementation="packed", trust_remote_code=trust
+    )
     # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
     hf.base_model.do_not_compile = True
     if gradient_checkpointing:
@@ -150,16 +157,80 @@ def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=
     if kind != "critic":
         return Policy(hf)
     critic = Critic(hf, seed)
+    for tensors in weight_files(path):
+        if "value_head.weight" in tensors.keys():
+            critic.value_head.weight.data.copy_(tensors.get_tensor("value_head.weight"))
+    return critic
+
+
+def weight_files(path):
+    """Yield every safetensors file of a model folder, open for reading."""
     for file in sorted(glob.glob(os.path.join(path, "*.safetensors"))):
         with safe_open(file, framework="pt") as tensors:
-            if "value_head.weight" in tensors.keys():
-                critic.value_head.weight.data.copy_(tensors.get_tensor("value_head.weight"))
-    return critic
+            yield tensors
+
+
+def plain_buffers(kind, path, dtype, trust=False):
+    """The floating buffers of the model as plain `from_pretrained` would load it: {name: tensor}, on the CPU.
+
+    A model is built from config.json. Its parameters have no memory, so this takes less than a second for a model of any
+    size. Call it where no HfDeepSpeedConfig exists, because DeepSpeed would round these buffers, too.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    with init_empty_weights(include_buffers=False):
+        hf = auto_class(kind).from_config(config, dtype=dtype, trust_remote_code=trust)
+    buffers = {name: buffer for name, buffer in hf.named_buffers() if buffer.is_floating_point()}
+    # Persistent buffers are read from the weight files. transformers keeps those in fp32 that the model's class names.
+    prefix, fp32_names = f"{hf.base_model_prefix}.", hf._keep_in_fp32_modules_strict or ()
+    persistent = {name.removeprefix(prefix): name for name in buffers.keys() & hf.state_dict().keys()}
+    if not persistent:
+        return buffers
+    for tensors in weight_files(path):
+        for key in tensors.keys():
+            name = persistent.get(key.removeprefix(prefix))
+            if name is not None:
+                in_fp32 = any(re.search(part.replace("*", ".*"), name) for part in fp32_names)
+                buffers[name] = tensors.get_tensor(key).to(torch.float32 if in_fp32 else buffers[name].dtype)
+    return buffers
+
+
+def names_in_fp32(buffers):
+    """The names of those of plain_buffers that are in fp32 whatever the model's dtype is, such as `inv_freq`."""
+    return [name for name, buffer in buffers.items() if buffer.dtype == torch.float32]
+
+
+def check_buffers(network, expected, path):
+    """Raises ValueError unless every floating buffer of the network is the `expected` one of plain_buffers, to the bit.
+
+    A buffer that differs, such as a rotary embedding's frequencies rounded to bf16, makes the learner another network than
+    the one that vLLM samples from, and nothing else would report it.
+    """
+    loaded = {
+        name: buffer for name, buffer in inner_model(network).named_buffers() if buffer.is_floating_point()
+    }
+    for name in sorted(expected.keys() | loaded.keys()):
+        if name not in expected or name not in loaded:
+            where = "plain transformers" if name in expected else "the learner"
+            raise ValueError(f"{path}: only {where} has the buffer {name}: this model cannot be trained here")
+        buffer, plain = loaded[name].cpu(), expected[name]
+        if buffer.dtype != plain.dtype or not torch.equal(buffer, plain):
+            difference = (
+                f"{buffer.dtype} instead of {plain.dtype}" if buffer.dtype != plain.dtype else "other values"
+            )
+            raise ValueError(
+                f"{path}: the learner's buffer {name} has {difference}, compared with plain transformers: "
+                "its log-probs would differ from vLLM's, so this model cannot be trained here"
+            )
+
+
+def inner_model(network):
+    """The Hugging Face model inside a Policy or a Critic."""
+    return network.hf if isinstance(network, Policy) else network.model
 
 
 def save_pretrained(network, state_dict, folder):
     """Write `state_dict` (Hugging Face name → whole tensor) as a folder of safetensors."""
-    hf = network.hf if isinstance(network, Policy) else network.model
+    hf = inner_model(network)
     if hf.can_generate():
         hf.generation_config.do_sample = True  # else a temperature in it, as some models have, is refused
     hf.save_pretrained(folder, state_dict=state_dict)

@@ -120,13 +120,18 @@ class Learner:
         zero = {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False}
         zero["reduce_bucket_size"] = REDUCED_AT_ONCE
         zero |= {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
+        # DeepSpeed rounds what a model's __init__ creates to the training dtype, unless it is named in keep_in_fp32_modules.
+        plain_buffers = model.plain_buffers(kind, path, dtype, cfg.trust_remote_code)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             # backward() accumulates over as many packs as there are; every step() is an update.
             "managed_gradient_accumulation": False,
             "gradient_clipping": cfg.max_grad_norm,
             "bf16": {"enabled": dtype == torch.bfloat16},
-            "data_types": {"grad_accum_dtype": "fp32"},
+            "data_types": {
+                "grad_accum_dtype": "fp32",
+                "keep_in_fp32_modules": model.names_in_fp32(plain_buffers),
+            },
             "zero_optimization": zero,
         }
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
@@ -140,6 +145,7 @@ class Learner:
         how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
         optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how) if self.lr is not None else None
         self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+        model.check_buffers(network, plain_buffers, path)
         # These are kept whole. DeepSpeed would gather them after each update, one by one; left to their next use, they
         # come layer by layer.
         self.engine.optimizer.persistent_parameters = []

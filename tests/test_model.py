@@ -209,7 +209,10 @@ def test_code_in_a_model_folder(tmp_path, monkeypatch):
     for kind in ("policy", "critic"):
         with pytest.raises(ValueError, match="trust_remote_code"):
             model.load_network(kind, path, torch.float32)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            model.plain_buffers(kind, path, torch.float32)
     assert not (tmp_path / "ran").exists()
     policy = model.load_network("policy", path, torch.float32, trust=True)
     assert type(policy.hf).__name__ == "MineForCausalLM" and (tmp_path / "ran").exists()
     assert torch.equal(policy(pack)[0], expected)
+    model.check_buffers(policy, model.plain_buffers("policy", path, torch.float32, trust=True), path)

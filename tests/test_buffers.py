@@ -1,0 +1,166 @@
+"""A Learner's buffers are those of plain transformers, in dtype and to the bit: zero.Init would round them to bf16.
+
+All that needs DeepSpeed runs in one start, `loaded_buffers`; the tests look at what came back.
+"""
+
+from unittest import mock
+
+import pytest
+import ranks
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, DeepseekV3Config, GemmaConfig, LlamaConfig
+
+import model
+import ppo
+
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500000.0,
+}
+FAMILIES = {
+    "qwen2": {},
+    "llama with rope scaling": {"kind": LlamaConfig, "rope_parameters": ROPE_LLAMA3},
+    "gemma": {"kind": GemmaConfig, "head_dim": 16},
+}
+KINDS = ("policy", "critic", "reference")
+DTYPES = (torch.bfloat16, torch.float32)
+NUM_POSITIONS = 4096
+
+# Its e_score_correction_bias is read from the checkpoint, and its class asks for fp32. (It is loaded only: mixtures of
+# experts are not trained here.)
+PERSISTENT = {
+    "kind": DeepseekV3Config,
+    "kv_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+
+
+def read_buffers(hf):
+    """Every floating buffer of a transformers model, and cos and sin of its rotary embedding at NUM_POSITIONS positions."""
+    buffers = {
+        name: buffer.cpu().clone() for name, buffer in hf.named_buffers() if buffer.is_floating_point()
+    }
+    hidden = torch.zeros(
+        1, 1, 1, dtype=hf.dtype, device=next(hf.buffers()).device
+    )  # says dtype and device only
+    positions = torch.arange(NUM_POSITIONS, device=hidden.device)[None]
+    cos, sin = hf.base_model.rotary_emb(hidden, positions)  # [1, NUM_POSITIONS, D]
+    return buffers | {"cos": cos.cpu(), "sin": sin.cpu()}
+
+
+def loaded_buffers(paths, device="cpu", dtypes=DTYPES):
+    """read_buffers of a Learner of each family, kind and dtype; and what a Learner says that lets zero.Init round."""
+    results, cfg, device = {}, ranks.settings(kl_coef=0.1), torch.device(device)
+    for family, path in paths.items():
+        for kind in KINDS:
+            for dtype in dtypes:
+                learner = ppo.Learner(kind, cfg, path, device, dtype)
+                results[family, kind, dtype] = read_buffers(model.inner_model(learner.network))
+    for kind in KINDS:
+        with mock.patch.object(model, "names_in_fp32", lambda buffers: []):
+            try:
+                ppo.Learner(kind, cfg, paths["qwen2"], device, torch.bfloat16)
+            except ValueError as error:
+                results["rounded", kind] = str(error)
+    return results
+
+
+def plain_buffers(path, kind, dtype):
+    """read_buffers of the same model loaded by plain transformers."""
+    auto = AutoModel if kind == "critic" else AutoModelForCausalLM
+    return read_buffers(auto.from_pretrained(path, dtype=dtype))
+
+
+def assert_same(loaded, plain):
+    assert loaded.keys() == plain.keys()
+    for name, buffer in plain.items():
+        assert loaded[name].dtype == buffer.dtype and torch.equal(loaded[name], buffer), name
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    paths = {name: tiny_models.make_model(folder / name, **settings) for name, settings in FAMILIES.items()}
+    paths["persistent"] = tiny_models.make_model(folder / "persistent", **PERSISTENT)
+    weights = load_file(folder / "persistent/model.safetensors")
+    (name,) = (name for name in weights if name.endswith("e_score_correction_bias"))
+    weights[name] = 5 + torch.tensor([0.001, 0.002, 0.003, 0.004])  # all are 5 in bf16
+    save_file(weights, folder / "persistent/model.safetensors", {"format": "pt"})
+    return paths
+
+
+@pytest.fixture(scope="module")
+def loaded(paths, tmp_path_factory):
+    return ranks.run_ranks(
+        "test_buffers", "loaded_buffers", 1, tmp_path_factory.mktemp("ranks"), paths=paths
+    )[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [*FAMILIES, "persistent"])
+def test_buffers_equal_plain_transformers(loaded, paths, family, kind, dtype):
+    """zero.Init rounded inv_freq to bf16: the learners computed another network than vLLM, more so in long texts."""
+    plain = plain_buffers(paths[family], kind, dtype)
+    assert_same(loaded[family, kind, dtype], plain)
+    assert any(name.endswith("inv_freq") and buffer.dtype == torch.float32 for name, buffer in plain.items())
+    if family == "gemma":  # its scale of the embeddings is rounded by plain transformers, too, and stays so
+        (scale,) = (buffer for name, buffer in plain.items() if name.endswith("embed_scale"))
+        assert scale.dtype == dtype
+    if family == "persistent":  # one name in keep_in_fp32_modules replaces the names that the class asks for
+        (bias,) = (buffer for name, buffer in plain.items() if name.endswith("e_score_correction_bias"))
+        assert bias.dtype == torch.float32 and len(bias.unique()) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rounded_buffer_is_refused(loaded, kind):
+    """The next buffer that zero.Init rounds and nobody knows of."""
+    assert "inv_freq has torch.bfloat16 instead of torch.float32" in loaded["rounded", kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expected_buffers_of_a_checkpoint(paths, kind):
+    """A buffer that is stored with the weights is compared with the zeros of a fresh model."""
+    expected = model.plain_buffers(kind, paths["persistent"], torch.bfloat16)
+    plain = plain_buffers(paths["persistent"], kind, torch.bfloat16)
+    assert_same(expected, {name: plain[name] for name in plain if name not in ("cos", "sin")})
+
+
+def test_expected_buffers_take_no_memory_for_weights(paths):
+    """A second copy of a 32B model on every rank, only to look at its buffers."""
+    plain = AutoModelForCausalLM.from_pretrained(paths["gemma"], dtype=torch.bfloat16)
+    with mock.patch.object(model, "weight_files", side_effect=AssertionError("the weights are read")):
+        assert_same(
+            model.plain_buffers("policy", paths["gemma"], torch.bfloat16),
+            {name: buffer for name, buffer in plain.named_buffers()},
+        )
+
+
+def test_a_buffer_of_other_values_is_refused(paths):
+    """A check that looks at the dtype only, or at one kind of network."""
+    for kind in KINDS:
+        network = model.load_network(kind, paths["qwen2"], torch.float32)
+        expected = model.plain_buffers(kind, paths["qwen2"], torch.float32)
+        model.check_buffers(network, expected, paths["qwen2"])
+        name, buffer = next(iter(model.inner_model(network).named_buffers()))
+        buffer[3] = torch.nextafter(buffer[3], torch.tensor(2.0))
+        with pytest.raises(ValueError, match=f"{name} has other values"):
+            model.check_buffers(network, expected, paths["qwen2"])
+        with pytest.raises(ValueError, match=f"only the learner has the buffer {name}"):
+            model.check_buffers(network, {}, paths["qwen2"])
