@@ -227,7 +227,7 @@ class Worker:
         kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
         self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
         learn = sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
-        # These weights, at most 20 bytes each as in plan.py, stay on the GPU if they leave vLLM its share, and 4 GiB to spare.
+        # These weights, at most 20 bytes each as in tools/plan.py, stay on the GPU if they leave vLLM its share, and 4 GiB to spare.
         free, total = torch.cuda.mem_get_info() if on_gpu else (0, 1)
         ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**32 > cfg.gpu_memory_utilization * total
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
@@ -485,7 +485,7 @@ def run(cfg, argv):
         workers = Workers(cfg, log, on_gpu=start_ray())
         if workers.on_gpu and not cfg.eval_only:
             models = f"--model={cfg.model}", f"--critic_model={cfg.critic_model}"
-            command = [sys.executable, ROOT / "plan.py", *argv, *models]
+            command = [sys.executable, ROOT / "tools/plan.py", *argv, *models]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))
         end, code = "done", 0
@@ -529,7 +529,7 @@ def main(argv):
     try:
         cfg = load(argv)
         if cfg.dry_run:
-            return subprocess.call([sys.executable, ROOT / "plan.py", *argv])
+            return subprocess.call([sys.executable, ROOT / "tools/plan.py", *argv])
         if (code := run(cfg, argv)) == os.EX_TEMPFAIL:
             start_again(cfg)
         return code
