@@ -194,7 +194,7 @@ def run(cfg, argv):
         workers = Workers(cfg, log, on_gpu=start_ray())
         if workers.on_gpu and not cfg.eval_only:
             models = f"--model={cfg.model}", f"--critic_model={cfg.critic_model}"
-            command = [sys.executable, ROOT / "plan.py", *argv, *models]
+            command = [sys.executable, ROOT / "tools/plan.py", *argv, *models]
             if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
                 raise UserError(judged.stderr.strip().removeprefix("error: "))
         end, code = "done", 0
@@ -238,7 +238,7 @@ def main(argv):
     try:
         cfg = load(argv)
         if cfg.dry_run:
-            return subprocess.call([sys.executable, ROOT / "plan.py", *argv])
+            return subprocess.call([sys.executable, ROOT / "tools/plan.py", *argv])
         if (code := run(cfg, argv)) == os.EX_TEMPFAIL:
             start_again(cfg)
         return code

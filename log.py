@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.load import UserError
+from configs.load import ROOT, UserError
 
 # What a policy that has stopped learning looks like; the numbers of a step that make it so.
 COLLAPSE = {
@@ -118,7 +118,7 @@ class Log:
     def curves(self):
         """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory, and Ctrl-C
         on the terminal does not reach it. A picture that fails ends no run."""
-        subprocess.run([sys.executable, Path(__file__).with_name("plot.py"), self.dir], process_group=0)
+        subprocess.run([sys.executable, ROOT / "tools/plot.py", self.dir], process_group=0)
 
 
 def installed():

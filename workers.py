@@ -81,7 +81,7 @@ class Worker:
         kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
         self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
         learn = sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
-        # These weights, at most 20 bytes each as in plan.py, stay on the GPU if they leave vLLM its share, and 4 GiB to spare.
+        # These weights, at most 20 bytes each as in tools/plan.py, stay on the GPU if they leave vLLM its share, and 4 GiB to spare.
         free, total = torch.cuda.mem_get_info() if on_gpu else (0, 1)
         ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**32 > cfg.gpu_memory_utilization * total
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)

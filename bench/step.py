@@ -32,8 +32,8 @@ from pathlib import Path
 from pieces import ROOT, gpu_name, machine, spread, write
 
 import launch
-import plan
 import workers as worker_module
+from tools import plan
 
 GOAL = 1 / 0.85
 TOKEN = launch.secrets.token_hex(32)

@@ -30,7 +30,7 @@ eval_only = False  # measure `model` as training does, train nothing: configs/ev
 tensor_parallel = 1  # ranks per vLLM engine [x > 0]
 workers = 1  # ranks, one per GPU (or CPU process): whole engines [x > 0 and x % tensor_parallel == 0]
 dtype = "auto"  # bfloat16 on a GPU, float32 on a CPU; master weights are fp32 [x in ("auto", "bfloat16", "float32")]
-gpu_memory = 0.0  # GiB of each GPU, for plan.py's check; 0 = as the first one here; none here: 80 [x >= 0]
+gpu_memory = 0.0  # GiB of each GPU, for tools/plan.py; 0 = as the first one here; none here: 80 [x >= 0]
 gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while it is awake; if the rest holds all that learns, it stays there, else it waits in CPU memory [0 < x <= 1]
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
 phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest so far, at least 600; at first 7,200 [x >= 0]

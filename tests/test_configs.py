@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from configs.load import BASE, ROOT, UserError, documentation, load, read_file
-from plan import derived, describe
+from tools.plan import derived, describe
 
 TINY = str(ROOT / "configs" / "tiny.py")
 OTHERS = ("__init__", "base", "load", "eval_only")  # the last is no whole config
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in OTHERS]
 GOOD = 'model = "m"\ntrain_data = ["t"]\n'
 SOURCES = (
-    "plan.py",
+    "tools/plan.py",
     "launch.py",
     "workers.py",
     "packing.py",

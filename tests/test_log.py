@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-import plot
-from configs.load import UserError
+from configs.load import ROOT, UserError
 from data.load import Question
 from log import Log, metrics_line, printable, sample_line
+from tools import plot
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\x00c\rd\x9b31me\u202ef\ud800g"
 METRICS = {
@@ -144,11 +144,10 @@ log.Log.curves(types.SimpleNamespace(dir=pathlib.Path(sys.argv[1])))
 def test_ctrl_c_does_not_reach_the_drawing(run):
     """The terminal sends it to every process in its foreground: the picture fails, and with it the run."""
     run.step(METRICS)
-    here = Path(plot.__file__).parent
     process = subprocess.Popen(
         [sys.executable, "-c", DRAWS, str(run.dir)],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": str(here)},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
     while not psutil.Process(process.pid).children():

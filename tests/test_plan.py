@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-import plan
 import ppo
 from configs.load import ROOT, UserError, load
+from tools import plan
 
 PARAMETERS = {  # as the hub states them for each model's safetensors
     "Qwen/Qwen2.5-0.5B": 494_032_768,
@@ -125,7 +125,7 @@ def test_a_grpo_policy_has_no_neighbour():
 
 def test_critic_head_and_reference():
     """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
-    assert ppo.KEPT_WHOLE == 5 * 10**8  # plan.py has it, too: it imports no torch
+    assert ppo.KEPT_WHOLE == 5 * 10**8  # tools/plan.py has it, too: it imports no torch
     name, whole = "the reference model, which stays there", "its weights that are kept whole (KEPT_WHOLE)"
     without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
     for phase in without:
@@ -188,7 +188,7 @@ def test_constants_are_those_of_the_code():
 
 
 def run(*argv):
-    command = [sys.executable, str(ROOT / "plan.py"), *argv]
+    command = [sys.executable, str(ROOT / "tools/plan.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
@@ -239,7 +239,7 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.soak
 def test_launch_refuses_what_does_not_fit(tmp_path):
-    """An hour of loading weights ends out of memory, though plan.py could have told; or the folder of a run stays."""
+    """An hour of loading weights ends out of memory, though tools/plan.py could have told; or the folder of a run stays."""
     of_32b = dict(zip(plan.FIELDS.split(), plan.SHAPES["Qwen/Qwen2.5-32B"]))
     config = json.loads((ROOT / "data/tiny/config.json").read_text()) | of_32b
     (folder := tmp_path / "model").mkdir()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import plan
 from configs.load import BASE, ROOT, UserError, load, read_file
 from data import prepare
 from data.load import load_questions
+from tools import plan
 
 ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
 CONFIGS = sorted(

@@ -74,8 +74,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, sig
 
 @pytest.mark.soak
 def test_a_finished_run(tmp_path, undisturbed):
-    """Guards the result: a kept checkpoint is exported as the run itself does it, and the same command changes nothing."""
+    """A kept checkpoint is exported as the run itself does it, and the same command changes nothing.
+
+    The export runs in a folder that holds a reward.py of someone else's, which no Worker may import.
+    """
     shutil.copytree(undisturbed, tmp_path / "a")
+    (tmp_path / "reward.py").write_text("raise ImportError")
     done = export(tmp_path / "a", STEPS)
     assert done.returncode == 0, done.stdout + done.stderr
     policy = (tmp_path / "a/policy/model.safetensors").read_bytes()
@@ -103,9 +107,11 @@ print(out[0].prompt_token_ids)
 
 
 def export(folder, step):
-    command = [sys.executable, str(ROOT / "export.py"), str(folder), str(step)]
+    command = [sys.executable, str(ROOT / "tools/export.py"), str(folder), str(step)]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder.parent, timeout=DEADLINE
+    )
 
 
 DISTURB = """

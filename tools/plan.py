@@ -1,6 +1,6 @@
 """What each GPU will hold in each phase of a step, and whether it fits, with the arithmetic of every line.
 
-    python plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]      exit code 2: does not fit; 3: cannot tell
+    python tools/plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]      exit code 2: does not fit; 3: cannot tell
 
 In:   the settings, and the model's shape: config.json of a folder, or the table of the models of configs/.
 Out:  phases → {what, with its arithmetic: GiB of one GPU}.
@@ -19,7 +19,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configs.load import UserError, load
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+
+from configs.load import UserError, load  # noqa: E402
 
 SHAPES = {  # H, L, A, K, F, V, whether the head is tied to the embedding; from config.json of each on the hub
     "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
@@ -195,7 +198,8 @@ def main(argv):
         gpu_memory = cfg.gpu_memory or memory_here()
         if (shape := read_shape(cfg.model)) is None:
             print(
-                f"model={cfg.model!r} is no folder of a dense model, nor in plan.py's table", file=sys.stderr
+                f"model={cfg.model!r} is no folder of a dense model, nor in the table of tools/plan.py",
+                file=sys.stderr,
             )
             return 3
         print("UNVERIFIED: estimates from the sources; no GPU was at hand to compare them with")

@@ -1,4 +1,4 @@
-"""Draw the curves of a run, or of several into one picture: python plot.py RUN [RUN …] [--out=curves.png]
+"""Draw the curves of a run, or of several into one picture: python tools/plot.py RUN [RUN …] [--out=curves.png]
 
 In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first.
 launch.py calls it after every evaluation but that of step 0.
@@ -12,7 +12,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from log import flatten
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+
+from log import flatten  # noqa: E402
 
 PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Figure 2: both climb together
     "Reward": "reward|eval/.*/accuracy",

@@ -1,19 +1,23 @@
-"""Export a kept checkpoint of a run as Hugging Face folders: python export.py runs/NAME STEP
+"""Export a kept checkpoint of a run as Hugging Face folders: python tools/export.py runs/NAME STEP
 
 In:   runs/NAME/checkpoints/step_STEP.   Out: runs/NAME/policy_step_STEP and critic_step_STEP.
 It takes as many workers as the run had, since each of them holds a part. A run exports its last step by itself.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configs.load import UserError
-from data.load import chat_template
-from launch import start_ray
-from log import Log
-from workers import Workers, checkpoints, trained
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+
+from configs.load import UserError  # noqa: E402
+from data.load import chat_template  # noqa: E402
+from launch import start_ray  # noqa: E402
+from log import Log  # noqa: E402
+from workers import Workers, checkpoints, trained  # noqa: E402
 
 
 def export(folder, step):
@@ -40,7 +44,10 @@ def main(argv):
     try:
         if len(argv) != 2 or not argv[1].isdigit():
             raise UserError(__doc__.splitlines()[0])
-        export(Path(argv[0]).resolve(), int(argv[1]))
+        folder = Path(argv[0]).resolve()
+        # Ray puts the current folder before the project's on a Worker's path: a reward.py there would be imported.
+        os.chdir(ROOT)
+        export(folder, int(argv[1]))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
