@@ -1,12 +1,13 @@
-"""The run: read the config, start or join Ray, one Worker per GPU, the training loop, evaluation, exports.
+"""The run: settings, Ray, the training loop, evaluation, and the ways in which a run ends.
 
     python launch.py configs/tiny.py [--key=value …]
 
-This file is the single controller. It decides and keeps the books; the Workers hold the networks and compute:
+This file is the single controller: plain sequential Python that says what happens in which order and keeps the books. The
+networks are in the Workers, one process per GPU (workers.py), and each call of a method of `workers` runs on all of them.
 
-    driver ──► Worker 0   policy Learner, critic Learner, vLLM     one Ray actor per GPU, all three in one process,
-           ──► Worker 1   policy Learner, critic Learner, vLLM     which take turns on that GPU
-           ──► …                                                   ZeRO-3 across all, tensor parallel in groups
+    settings ─► questions ─► Ray, Workers ─► train: generate ─► values ─► advantages ─► critic ─► policy ─► sync ─┐
+                                                       ▲                                                         │
+                                                       └──────────────── evaluate, log, save ◄───────────────────┘
 
 In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, samples/, logs/, policy/, critic/.
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
@@ -14,238 +15,304 @@ torch, Ray and vLLM are imported only after the settings and the data have been 
 
 import os
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 import traceback
+from collections import Counter
 
 import numpy as np
 
-from configs.load import ROOT, UserError, load
+from configs.load import UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 from reward import extract_answer
-from workers import Stopped, Workers, checkpoints, rng_for
+from tools import plan
+from workers import PhaseTimeout, Stopped, StopRequest, WorkerGroup, checkpoints, rng_for
+
+# Ray listens on every address of this machine; a token keeps others out. Ray reads this when it is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+# ---- The algorithm -----------------------------------------------------------------------------------------------
 
 
 def train(cfg, workers, tasks, log):
     """The algorithm, in the order in which things happen, from the step that `workers` have reached."""
-    import packing
     import ppo
+    from packing import Batch, plan_samples, plan_updates
 
     if cfg.eval_every > 0 and workers.step == 0:
-        log.step({"step": 0, "eval": evaluate(cfg, workers, tasks, log, step=0)} | workers.timings())
+        log.step({"step": 0, "eval": evaluate(cfg, workers, tasks, log, step=0)} | workers.take_seconds())
 
     for step in range(workers.step + 1, cfg.steps + 1):
-        # Generate: samples_per_prompt responses to each of this step's questions, graded as they finish.
+        # Generate: samples_per_prompt responses to each of this step's prompts, graded as they finish.
         chosen = step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, step - 1)
         prompts = [tasks.train[i] for i in chosen]
-        samples = workers.generate("generate", prompts, cfg.samples_per_prompt, step)
+        samples = workers.generate(prompts, cfg.samples_per_prompt, step)
 
-        # Pack: whole sequences into bins of max_tokens_per_pack tokens, the same work on every rank.
-        batch = packing.Batch(samples)
-        (plan,) = split_plans(cfg, batch, 1, step, "pack", tasks.hidden_size)
+        # Pack: whole samples laid end to end, the same work on every rank.
+        batch = Batch(samples)
+        forward_plan = plan_samples(batch, range(len(samples)), cfg, tasks.hidden_size)
 
-        # Only for several policy updates or a penalty: what the policy and its base model think of the responses.
+        # Log-probs of the policy before its updates and of its base model, which the default settings do not need.
         if cfg.kl_coef or cfg.policy_updates_per_step > 1:
-            batch.old_logprobs = workers.call("old_logprobs", "learn", "policy", "forward", batch, plan)[0]
+            batch.old_logprobs = workers.old_logprobs(batch, forward_plan)
         if cfg.kl_coef:
-            batch.ref_logprobs = workers.call("ref_logprobs", "learn", "reference", "forward", batch, plan)[0]
+            batch.ref_logprobs = workers.ref_logprobs(batch, forward_plan)
 
-        # None where there is one update, and the ratio 1.
-        metrics = dict.fromkeys(["clipfrac_low", "clipfrac_high", "approx_kl"])
+        # With one policy update the ratio is 1, and these do not exist.
+        metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
         if cfg.advantage == "group":
             batch.advantages = ppo.group_advantages(batch, cfg.samples_per_prompt)
         else:
-            # Values: one forward of the critic, V_old(s_t) for every response token.
-            batch.values = workers.call("values", "learn", "critic", "forward", batch, plan)[0]
+            # Values: one forward pass of the critic, V_old(s_t) for every response token.
+            batch.values = workers.values(batch, forward_plan)
 
             # Advantages: GAE per response, normalised over all tokens of the batch.
             rewards = ppo.token_rewards(batch, cfg.kl_coef)
-            unscaled, batch.returns = ppo.gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
-            batch.advantages = ppo.normalise(unscaled)
-            unexplained, variance = unscaled.var(), batch.returns.var()  # R − V is Â before normalising
-            metrics["explained_var"] = float(1 - unexplained / variance) if variance > 0 else None
+            advantages, batch.returns = ppo.gae(
+                rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam
+            )
+            batch.advantages = ppo.normalise(advantages)
+            metrics["explained_var"] = ppo.explained_variance(batch.values, batch.returns)
 
-            # Critic: each sample once, split at random into critic_updates_per_step updates.
-            plans = split_plans(cfg, batch, cfg.critic_updates_per_step, step, "critic", tasks.hidden_size)
-            metrics |= workers.call("critic", "learn", "critic", "update", batch, plans)[0]
+            # Critic: every sample once, split at random into critic_updates_per_step updates.
+            rng = rng_for(cfg.seed, step, "critic")
+            plans = plan_updates(batch, cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size)
+            metrics |= workers.update("critic", batch, plans)
 
-        # Policy: one update on everything, strictly on-policy; more updates take a part each.
-        plans = split_plans(cfg, batch, cfg.policy_updates_per_step, step, "policy", tasks.hidden_size)
-        metrics |= workers.call("policy", "learn", "policy", "update", batch, plans)[0]
+        # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
+        rng = rng_for(cfg.seed, step, "policy")
+        plans = plan_updates(batch, cfg.policy_updates_per_step, rng, cfg, tasks.hidden_size)
+        few_samples = rng.permutation(len(samples))[: 2 * cfg.workers].tolist()
+        kl_plan = plan_samples(batch, few_samples, cfg, tasks.hidden_size)
+        metrics |= workers.update("policy", batch, plans, kl_plan)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
-        workers.call("sync", "sync")
+        workers.sync()
 
-        metrics |= {"reward": float(batch.rewards.mean()), "tokens": int(batch.lengths.sum())}
+        # Log, evaluate, save.
+        metrics |= response_metrics(samples)
+        metrics["tokens"] = int(batch.lengths.sum())
         metrics["tokens_per_second"] = metrics["tokens"] / sum(workers.seconds.values())
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
-        log.step({"step": step} | response_metrics(samples) | metrics | workers.timings())
-        log.lines(f"step_{step}", (sample.line for sample in samples))
+        log.step({"step": step} | metrics | workers.take_seconds())
+        log.lines(f"step_{step}", [sample.line for sample in samples])
         if "eval" in metrics:
             log.curves()
-        workers.step = step
+        workers.finish_step(step)
         if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
             workers.save()
-        if workers.stop_signal:
-            raise Stopped(workers.stop_signal)
+        if workers.stop_request.signal:
+            raise Stopped
 
 
-# The columns of evaluate()'s table: the first three are means over a question's samples.
-SCORES = ("accuracy", "response_tokens", "cut_off", "pass_at_k", "majority_at_k")
+def mean(values):
+    """The mean, or None of nothing."""
+    values = list(values)
+    return float(np.mean(values)) if values else None
 
 
-def evaluate(cfg, workers, tasks, log, step):
-    """k = eval_samples responses to every held-out question; the means of each data set, and over all of them, of
-
-    accuracy, avg@k; pass_at_k, 1 where any response is right; majority_at_k, 1 where the most frequent answer is.
-    """
-    results, k = {}, cfg.eval_samples
-    for name, prompts in tasks.eval.items():
-        samples = workers.generate("eval", prompts, k, step)
-        rows = [[s.reward, len(s.response_ids), s.finish_reason == "length"] for s in samples]
-        each = np.array(rows).reshape(-1, k, 3)  # [questions, k, 3]
-        votes = [majority_reward(samples[i : i + k]) for i in range(0, len(samples), k)]
-        scores = np.column_stack([each.mean(1), each[:, :, 0].max(1), votes])  # [questions, 5]
-        results[name] = response_metrics(samples) | dict(zip(SCORES, scores.mean(0).tolist()))
-        results[name]["accuracy_stderr"] = float(scores[:, 0].std() / max(1, len(prompts) - 1) ** 0.5)
-        records = [p.question._asdict() | dict(zip(SCORES, row)) for p, row in zip(prompts, scores.tolist())]
-        log.lines(f"eval_{name}_{step}", (sample.line for sample in samples))
-        log.lines(f"eval_{name}_{step}_questions", records)
-        for prompt, sample in zip(prompts[:2], samples[::k]):
-            log.show(prompt.question, sample)
-    if len(results) > 1:
-        results["overall"] = {m: float(np.mean([result[m] for result in results.values()])) for m in SCORES}
-    return results
-
-
-def majority_reward(samples):
-    """The reward of the most frequent answer, as it is spelled; no answer is no vote."""
-    answers = [extract_answer(sample.text) for sample in samples]
-    chosen = max(filter(None, answers), key=answers.count, default=None)
-    return max((s.reward for s, answer in zip(samples, answers) if answer == chosen), default=0.0)
-
-
-# Ways to a reward on which no answer was read: their shares are metrics
+# Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
 
 
 def response_metrics(samples):
-    """What responses were like; None for the length of those that do not exist."""
-    rewards, lengths = np.array([[s.reward, len(s.response_ids)] for s in samples]).T
-    metrics = {name: float(np.mean([s.stats[name] for s in samples])) for name in samples[0].stats}
-    for part, which in (("", rewards >= 0), ("_right", rewards > 0), ("_wrong", rewards == 0)):
-        metrics["response_tokens" + part] = float(lengths[which].mean()) if which.any() else None
-    return metrics | {name: float(np.mean([s.graded == name for s in samples])) for name in UNGRADED}
+    """What the responses were like. A length is None where there is no such response."""
+    right = [len(sample.response_ids) for sample in samples if sample.correct]
+    wrong = [len(sample.response_ids) for sample in samples if not sample.correct]
+    metrics = {
+        "reward": mean(sample.reward for sample in samples),
+        "accuracy": mean(sample.correct for sample in samples),
+        "response_tokens": mean(right + wrong),
+        "response_tokens_right": mean(right),
+        "response_tokens_wrong": mean(wrong),
+    }
+    for name in samples[0].stats:
+        metrics[name] = mean(sample.stats[name] for sample in samples)
+    for outcome in UNGRADED:
+        metrics[outcome] = mean(sample.graded == outcome for sample in samples)
+    return metrics
 
 
-def split_plans(cfg, batch, num_updates, step, purpose, hidden_size):
-    """The samples split at random into num_updates parts, each packed: plans[update][rank][i] = indices of a pack.
+def evaluate(cfg, workers, tasks, log, step):
+    """eval_samples responses to every held-out question. Returns {data set: metrics}, and their mean as "overall"."""
+    results = {}
+    for name, prompts in tasks.eval.items():
+        samples = workers.evaluate(prompts, cfg.eval_samples, step)
+        scores, records = [], []
+        for i, prompt in enumerate(prompts):
+            group = samples[i * cfg.eval_samples : (i + 1) * cfg.eval_samples]
+            scores.append(question_scores(group))
+            records.append(prompt.question._asdict() | scores[-1])
+            if i < 2:
+                log.show(prompt.question, group[0])
+        log.lines(f"eval_{name}_{step}", [sample.line for sample in samples])
+        log.lines(f"eval_{name}_{step}_questions", records)
+        means = {key: mean(score[key] for score in scores) for key in scores[0]}
+        deviation = np.std([score["accuracy"] for score in scores])
+        means["accuracy_stderr"] = float(deviation / max(1, len(prompts) - 1) ** 0.5)
+        results[name] = response_metrics(samples) | means
+    if len(results) > 1:
+        results["overall"] = {key: mean(result[key] for result in results.values()) for key in scores[0]}
+    return results
 
-    Samples of a question go together to share its prompt, up to an eighth of a pack: larger pieces fill packs unevenly.
-    """
-    import packing
 
-    plans, order = [], rng_for(cfg.seed, step, purpose).permutation(len(batch.lengths))
-    for part in np.array_split(order, num_updates):
-        bundles, sizes = packing.bundle(batch, part, cfg.max_tokens_per_pack // 8)
-        plan = packing.pack(sizes, cfg.max_tokens_per_pack, cfg.workers, hidden_size)
-        plans.append([[[i for b in local for i in bundles[b]] for local in packs] for packs in plan])
-    return plans
+def question_scores(group):
+    """The scores of one held-out question, from its k responses. accuracy is avg@k."""
+    return {
+        "accuracy": mean(sample.correct for sample in group),
+        "response_tokens": mean(len(sample.response_ids) for sample in group),
+        "cut_off": mean(sample.finish_reason == "length" for sample in group),
+        "pass_at_k": float(any(sample.correct for sample in group)),
+        "majority_at_k": float(majority_is_correct(group)),
+    }
+
+
+def majority_is_correct(group):
+    """Whether the most frequent answer, as it is spelled, is right. A response without an answer does not vote."""
+    answers = [extract_answer(sample.text) for sample in group]
+    votes = Counter(answer for answer in answers if answer)
+    if not votes:
+        return False
+    winner = max(votes, key=votes.get)  # of equally frequent ones, the first
+    return any(sample.correct for sample, answer in zip(group, answers) if answer == winner)
 
 
 # ---- The run -----------------------------------------------------------------------------------------------------
 
 
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
 def start_ray():
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one; True where it has GPUs."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on every address: nobody without the token
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one. Returns whether it has GPUs."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "auto")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address == "local":
-            raise ConnectionError
-        if ":" in address:  # where nobody listens Ray would wait for minutes, and then end this process
-            socket.create_connection(address.rsplit(":", 1), timeout=10).close()
-        context, how = ray.init(address, **quiet), "joined"
-    except Exception as error:
-        if address != "local" and not (address == "auto" and isinstance(error, ConnectionError)):
-            reason = f"{str(error).splitlines()[0]}; RAY_ADDRESS=local starts one of its own"
-            raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
-        os.environ.update(RAY_ADDRESS="local", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        context, how = ray.init("local", include_dashboard=False, **quiet), "started"
+    context = None if address == "local" else join_cluster(address)
+    how = "joined" if context else "started"
+    context = context or start_cluster()
     print(f"{how} the Ray cluster at {context.address_info['gcs_address']}", flush=True)
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def run(cfg, argv):
-    """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
+def join_cluster(address):
+    """Returns None where the address is "auto" and no cluster runs on this machine. Raises UserError where joining fails."""
+    import ray
+
+    try:
+        if ":" in address:  # Where nobody listens Ray would wait for minutes and then end this process.
+            socket.create_connection(address.rsplit(":", 1), timeout=10).close()
+        return ray.init(address, **QUIET)
+    except Exception as error:
+        if address == "auto" and isinstance(error, ConnectionError):
+            return None
+        reason = f"{str(error).splitlines()[0]}; RAY_ADDRESS=local starts one of its own"
+        raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
+
+
+def start_cluster():
+    """Start a Ray cluster of this run's own, with a token of its own."""
+    import ray
+
+    os.environ["RAY_ADDRESS"] = "local"  # A restart starts its own, too.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return ray.init("local", include_dashboard=False, **QUIET)
+
+
+def run(cfg):
+    """Everything between good settings and the exported networks. Returns the exit code."""
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     log = Log(cfg)
     try:
         tasks = read_tasks(cfg, data, log)
-        workers = Workers(cfg, log, on_gpu=start_ray())
-        if workers.on_gpu and not cfg.eval_only:
-            models = f"--model={cfg.model}", f"--critic_model={cfg.critic_model}"
-            command = [sys.executable, ROOT / "tools/plan.py", *argv, *models]
-            if (judged := subprocess.run(command, capture_output=True, text=True)).returncode == 2:
-                raise UserError(judged.stderr.strip().removeprefix("error: "))
-        end, code = "done", 0
-        try:
-            workers.start()
-            log.cut(workers.step)
-            learn = f"{workers.num_parameters:,} parameters learn, from step {workers.step + 1}"
-            log.say(f"{log.dir}: {cfg.model} on {cfg.workers} workers, {learn}")
-            train(cfg, workers, tasks, log)
-        except Stopped as stopped:
-            end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
-            code = 128 + signal.Signals[str(stopped)]
-        workers.save()
-        workers.export(tasks.tokenizer)
-        log.say(f"{end}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}; another --name starts anew")
-        return code
+        return run_with_restarts(cfg, tasks, log)
     except UserError:
         log.discard()
         raise
     except Exception as error:
-        cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
-        (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # of a death Ray names the node
-        log.say(f"error: {reason} (see {log.dir}/error.txt)")
-        return os.EX_TEMPFAIL if isinstance(error, TimeoutError) or "Actor" in type(error).__name__ else 1
+        report(error, log)
+        return 1
+
+
+def run_with_restarts(cfg, tasks, log):
+    """Run, and run again from the newest checkpoint after the death of a Worker or a time limit. Returns the exit code."""
+    from ray.exceptions import RayActorError
+
+    stop_request = StopRequest()
+    failed_steps = []  # the newest checkpoint at each death
+    while True:
+        try:
+            return run_once(cfg, tasks, log, stop_request)
+        except (RayActorError, PhaseTimeout) as error:
+            report(error, log)
+            step = max(checkpoints(cfg), default=0)
+            # A signal may have ended the Workers along with this process.
+            if stop_request.signal or not may_restart(failed_steps, step, cfg.max_restarts):
+                return os.EX_TEMPFAIL
+            failed_steps.append(step)
+            log.say(f"restart {len(failed_steps)} of {cfg.max_restarts}, from step {step}")
+
+
+def may_restart(failed_steps, step, max_restarts):
+    """Never twice from the same step: a death that follows from the data would come back for ever."""
+    return step not in failed_steps and len(failed_steps) < max_restarts
+
+
+def run_once(cfg, tasks, log, stop_request):
+    """Start Ray and the Workers, train, save and export. Returns the exit code."""
+    import ray
+
+    try:
+        on_gpu = start_ray()
+        stop_request.listen()
+        workers = WorkerGroup(cfg, log, on_gpu, stop_request)
+        workers.place()
+        if on_gpu and not cfg.eval_only:
+            plan.check_fits(cfg, cfg.gpu_memory or workers.gpu_memory())
+        workers.start()
+        log.cut(workers.step)
+        parameters = f"{workers.num_parameters:,} parameters learn, from step {workers.step + 1}"
+        log.say(f"{log.dir}: {cfg.model} on {cfg.workers} workers, {parameters}")
+        ending, code = "done", 0
+        try:
+            train(cfg, workers, tasks, log)
+        except Stopped:
+            name = stop_request.signal.name
+            ending = f"stopped by {name} after step {workers.step}, to go on with the same command"
+            code = 128 + stop_request.signal
+        workers.save()
+        workers.export(tasks.tokenizer)
+        log.say(
+            f"{ending}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}; another --name starts anew"
+        )
+        return code
     finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+        ray.shutdown()
 
 
-def start_again(cfg):
-    """After a death: this command anew in this process, from the newest checkpoint. Never twice from the same one."""
-    failed_at, step = os.environ.get("FAILED_AT", "").split(), max(checkpoints(cfg), default=0)
-    if str(step) not in failed_at and len(failed_at) < cfg.max_restarts:
-        print(f"restart {len(failed_at) + 1} of {cfg.max_restarts}, from step {step}", flush=True)
-        os.environ["FAILED_AT"] = " ".join([*failed_at, str(step)])
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def report(error, log):
+    """One line about an exception that ended the run; its traceback goes into error.txt."""
+    (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+    cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # Of a death Ray names the node.
+    log.say(f"error: {reason} (see {log.dir}/error.txt)")
 
 
 def main(argv):
     try:
         cfg = load(argv)
         if cfg.dry_run:
-            return subprocess.call([sys.executable, ROOT / "tools/plan.py", *argv])
-        if (code := run(cfg, argv)) == os.EX_TEMPFAIL:
-            start_again(cfg)
-        return code
+            print(plan.describe(cfg))
+            return 0
+        return run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first step; from then on Workers.stop takes it
+    except KeyboardInterrupt:  # before the first step; from then on StopRequest notes it
         print("stopped before the first step", file=sys.stderr)
         return 130
 

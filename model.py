@@ -41,7 +41,7 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
     its last key.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D]
-    key, value = key[pack["keys"]], value[pack["keys"]]  # [K, A_kv, D]
+    key, value = key[pack["key_index"]], value[pack["key_index"]]  # [K, A_kv, D]
     how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     spans, longest = (pack["cu_seqlens_q"], pack["cu_seqlens_k"]), pack["max_seqlen"]
     if query.is_cuda and query.dtype != torch.float32:
@@ -131,7 +131,7 @@ def hidden_states(backbone, pack):
     """The last hidden states at `positions`, [N, H]: the head runs on response tokens only."""
     ids, positions = pack["input_ids"][None], pack["position_ids"][None]  # [1, T]
     out = backbone(input_ids=ids, position_ids=positions, use_cache=False, pack=pack)
-    return out.last_hidden_state[0][pack["positions"]]  # [N, H]
+    return out.last_hidden_state[0][pack["state_index"]]  # [N, H]
 
 
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------

@@ -1,14 +1,25 @@
-"""Packing: samples laid end to end, without padding, and dealt to the ranks.
+"""Packing: samples are laid end to end, without padding, and dealt to the ranks so that all ranks do the same work.
 
-In:   Samples, one response each.   Out: a Batch of flat arrays, a plan of packs, and the tensors of one pack.
+    sample      one prompt with one response
+    bundle      samples of one prompt, which will share that prompt
+    pack        bundles, together at most max_tokens_per_pack tokens: one forward pass of a network on one rank
+    plan        plans[update][rank][n] is the n-th pack of a rank in an update, as a list of indices into the batch
 
-Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
+          samples              bundles                packs                 plan of one update on two ranks
+    p r   p r   q r       ┌p r r┐  ┌q r┐         │p r r│q r│       rank 0   │p r r│q r│   │s r r r│
+    s r   s r   s r       └s r r r┘  …           │s r r r│  …      rank 1   │…        │   │…      │
+
+In:   Samples, one response each.   Out: a Batch of flat arrays, the plans, and the tensors of one pack.
+
+Shapes: B samples, N response tokens of the batch (or of the pack), T tokens of a pack, K the sum of the lengths of its
+samples, in which a shared prompt counts once for every sample. [N] arrays run over the samples in order.
 """
 
 import bisect
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,126 +27,218 @@ import torch
 
 @dataclass
 class Sample:
-    """One response, as it was sampled. Token ids are never made from text again."""
+    """One response, as it was sampled. Its token ids are never made from its text again."""
 
-    question: int  # index of the question in its data set
+    prompt_index: int  # which of the step's prompts it answers
     prompt_ids: np.ndarray  # int32
     response_ids: np.ndarray  # int32
-    logprobs: np.ndarray  # the sampler's, fp32, one for each of response_ids
+    logprobs: np.ndarray  # fp32, the sampler's, one for each of response_ids
     text: str
-    finish_reason: str  # "stop": it ended by itself; "length": it was cut off
-    reward: float = 0.0
-    graded: str = ""  # how the reward was reached, one of reward.Grader's outcomes
+    finish_reason: str  # "stop": the response ended by itself; "length": it was cut off
+    correct: bool = False  # the verdict of the rule; never True for a response that was cut off
+    reward: float = 0.0  # what PPO maximises; by default 1.0 where correct, else 0.0
+    graded: str = ""  # how the verdict was reached, one of the outcomes of reward.Grader
     stats: dict | None = None  # reward.response_stats of the text
-    line: str = ""  # all of it, as samples/ holds it
+    line: str = ""  # the sample as one line of samples/
 
 
 class Batch:
     """All samples of a step as flat arrays: one object that Ray shares without copying on every node.
 
-    tokens int32 [ΣT] (each prompt followed by its response), questions, prompt_lens and response_lens int64 [B], rewards
-    fp32 [B], and fp32 arrays over response tokens [N]: logprobs (the sampler's), then, as the step goes on, values,
-    advantages, returns, and where a setting needs them old_logprobs and ref_logprobs.
+    tokens          int32 [ΣT]: each prompt followed by its response
+    prompt_indices, prompt_lens, response_lens, lengths, token_starts, response_starts      int64 [B]
+    rewards         fp32 [B]
+    correct         bool [B]
+    logprobs        fp32 [N], the sampler's
+
+    As a step goes on, the training loop adds fp32 [N] arrays: values, advantages, returns, and where a setting needs them
+    old_logprobs and ref_logprobs.
     """
 
     def __init__(self, samples):
         self.tokens = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
-        self.questions = np.array([s.question for s in samples])
+        self.prompt_indices = np.array([s.prompt_index for s in samples])
         self.prompt_lens = np.array([len(s.prompt_ids) for s in samples])
         self.response_lens = np.array([len(s.response_ids) for s in samples])
         self.rewards = np.array([s.reward for s in samples], np.float32)
+        self.correct = np.array([s.correct for s in samples], bool)
         self.logprobs = np.concatenate([s.logprobs for s in samples], dtype=np.float32)
         self.lengths = self.prompt_lens + self.response_lens
         self.token_starts = np.cumsum(self.lengths) - self.lengths
         self.response_starts = np.cumsum(self.response_lens) - self.response_lens
 
 
-# ---- Packing -----------------------------------------------------------------------------------------------------
+# ---- From samples to plans ---------------------------------------------------------------------------------------
 
 
-def bundle(batch, samples, capacity):
-    """Samples of one question, which will share its prompt: as many together as `capacity` tokens hold.
+def plan_updates(batch, num_updates, rng, cfg, hidden_size):
+    """Split the samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack."""
+    parts = np.array_split(rng.permutation(len(batch.lengths)), num_updates)
+    return [plan_samples(batch, part.tolist(), cfg, hidden_size) for part in parts]
 
-    samples [B], indices; returns lists of indices, and how many tokens each list has.
+
+def plan_samples(batch, indices, cfg, hidden_size):
+    """Pack these samples of the batch: plan[rank][n] = indices of a pack.
+
+    Samples of a prompt go together to share it, up to an eighth of a pack: larger bundles would fill packs unevenly.
     """
-    samples, bundles = samples[np.argsort(batch.questions[samples], kind="stable")], []
-    for group in np.split(samples, np.flatnonzero(np.diff(batch.questions[samples])) + 1):
-        room = capacity - batch.prompt_lens[group[0]]
-        bundles += [group[together].tolist() for together in best_fit(batch.response_lens[group], room)]
-    return bundles, [batch.prompt_lens[b[0]] + batch.response_lens[b].sum() for b in bundles]
+    bundles, lengths = bundle(batch, indices, cfg.max_tokens_per_pack // 8)
+    plan = [[] for _ in range(cfg.workers)]
+    for rank, packs in enumerate(pack(lengths, cfg.max_tokens_per_pack, cfg.workers, hidden_size)):
+        for members in packs:
+            samples = chain.from_iterable(bundles[member] for member in members)
+            plan[rank].append(list(samples))
+    return plan
 
 
-def pack(lengths, budget, ranks, hidden_size):
-    """Put samples into packs of at most `budget` tokens, as many packs on every rank and the same work on each.
+def bundle(batch, indices, capacity):
+    """Put samples that share a prompt into bundles of at most `capacity` tokens, the prompt counted once.
 
-    lengths [B]; returns plan[rank][i] = list of sample indices. All ranks have equally many packs, because ZeRO-3
-    gathers weights together, pack by pack; some may be empty. At ORZ's sizes this takes at most one pack more than
-    the tokens need. Raises ValueError where a sample is over the budget.
+    indices: list of places in the batch. Returns the bundles, which are lists of such indices, and the tokens of each.
+    """
+    samples_of_prompt = defaultdict(list)
+    for i in indices:
+        samples_of_prompt[batch.prompt_indices[i]].append(i)
+    bundles, lengths = [], []
+    for prompt_index in sorted(samples_of_prompt):
+        samples = samples_of_prompt[prompt_index]
+        prompt_len = int(batch.prompt_lens[samples[0]])
+        response_lens = batch.response_lens[samples].tolist()
+        for members in best_fit(response_lens, capacity - prompt_len):
+            bundles.append([samples[member] for member in members])
+            lengths.append(prompt_len + sum(response_lens[member] for member in members))
+    return bundles, lengths
 
-    Work of a sequence of l tokens: linear layers cost about 24·H² per token and causal attention 2·H·l, so
-    l · (1 + l / 12H) in units of a token. Packs of like work meet at the same time.
+
+def pack(lengths, budget, num_ranks, hidden_size):
+    """Put pieces (samples or bundles) into packs of at most `budget` tokens, with the same work on every rank.
+
+    lengths [B]; returns plan[rank][n] = list of indices into `lengths`. All ranks get equally many packs, because ZeRO-3
+    gathers the weights on all ranks together, pack by pack; some packs may be empty. At ORZ's sizes this takes at most
+    one pack more than the tokens need. Raises ValueError where a piece is over the budget.
     """
     lengths = np.asarray(lengths)
-    if lengths.max(initial=0) > budget:
-        raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a pack of {budget} tokens")
-    tightest = best_fit(lengths, budget)
-    tightest += [[] for _ in range(-len(tightest) % ranks)]  # as many on every rank
-    # The same number, evenly filled: longest first, each to the emptiest pack (Graham 1969).
-    # fills: (tokens so far, the pack they are in), a heap
-    packs, fills = [[] for _ in tightest], [(0, i) for i in range(len(tightest))]
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        fill, emptiest = fills[0]
-        packs[emptiest].append(i)
-        heapq.heapreplace(fills, (fill + lengths[i], emptiest))
-    packs = packs if max(fills)[0] <= budget else tightest
-    cost = lengths * (1 + lengths / (12 * hidden_size))
-    # [packs of a rank, ranks]: packs of like work, which are computed at the same time
-    meetings = np.argsort([-cost[indices].sum() for indices in packs], kind="stable").reshape(-1, ranks)
-    meetings[1::2] = meetings[1::2, ::-1].copy()  # in snake order over the ranks
-    return [[packs[i] for i in meeting] for meeting in meetings.T]
+    longest = lengths.max(initial=0)
+    if longest > budget:
+        raise ValueError(f"a sample of {longest} tokens does not fit into a pack of {budget} tokens")
+    packs = best_fit(lengths, budget)
+    packs += [[] for _ in range(-len(packs) % num_ranks)]  # to a multiple of the number of ranks
+    # As many packs as that, but evenly filled, so that no rank waits for another. This fails where pieces are coarse.
+    even_packs = fill_evenly(lengths, len(packs))
+    if max(lengths[indices].sum() for indices in even_packs) <= budget:
+        packs = even_packs
+    # Per token the linear layers cost about 24·H² operations, and causal attention over l tokens 2·H·l: the work on a
+    # sequence is l · (1 + l / 12H), in units of one token of the linear layers.
+    work = lengths * (1 + lengths / (12 * hidden_size))
+    return deal([work[indices].sum() for indices in packs], packs, num_ranks)
 
 
 def best_fit(lengths, capacity):
-    """Lists of indices: longest first, each to the fullest list where it fits (best fit decreasing, Johnson 1974)."""
-    packs, rooms = defaultdict(list), []  # rooms: (tokens left, the pack they are left in), sorted
-    order = np.argsort(-lengths, kind="stable")
-    for i, length in zip(order.tolist(), lengths[order].tolist()):
-        place = bisect.bisect_left(rooms, (length,))
-        room, pack = rooms.pop(place) if place < len(rooms) else (capacity, len(packs))
-        packs[pack].append(i)
-        bisect.insort(rooms, (room - length, pack))
-    return list(packs.values())
+    """Lists of indices, longest piece first, each put where the least room is left that it fits into.
+
+    This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible. A piece that is over the
+    capacity gets a list of its own.
+    """
+    lengths = np.asarray(lengths)
+    packs = []
+    rooms = []  # (tokens left, which pack has them left), sorted
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        tightest = bisect.bisect_left(rooms, (length,))
+        if tightest < len(rooms):
+            room, pack_index = rooms.pop(tightest)
+        else:
+            room, pack_index = capacity, len(packs)
+            packs.append([])
+        packs[pack_index].append(i)
+        bisect.insort(rooms, (room - length, pack_index))
+    return packs
+
+
+def fill_evenly(lengths, num_packs):
+    """Lists of indices, longest piece first, each put into the emptiest pack (Graham 1969)."""
+    packs = [[] for _ in range(num_packs)]
+    fills = [
+        (0, pack_index) for pack_index in range(num_packs)
+    ]  # a heap of (tokens so far, which pack has them)
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        tokens, emptiest = fills[0]
+        packs[emptiest].append(i)
+        heapq.heapreplace(fills, (tokens + int(lengths[i]), emptiest))
+    return packs
+
+
+def deal(work_of_packs, packs, num_ranks):
+    """Deal packs to ranks, most work first, in snake order (0 1 2, 2 1 0, …): plan[rank][n] = a pack.
+
+    The n-th packs of all ranks are computed at the same time, because gathering weights holds the ranks together: they
+    come from neighbouring places in the order of work, and so cost about the same.
+    """
+    most_work_first = np.argsort([-work for work in work_of_packs], kind="stable").tolist()
+    plan = [[] for _ in range(num_ranks)]
+    for place, pack_index in enumerate(most_work_first):
+        plan[snake(place, num_ranks)].append(packs[pack_index])
+    return plan
+
+
+def snake(place, num_seats):
+    """The seat that is served at this place of the order 0 1 2, 2 1 0, 0 1 2, …"""
+    turn, seat = divmod(place, num_seats)
+    return seat if turn % 2 == 0 else num_seats - 1 - seat
+
+
+# ---- The tensors of a pack ---------------------------------------------------------------------------------------
 
 
 def make_pack(batch, indices, device, fields=()):
-    """The tensors of one pack: what the networks read (model.py), and `fields` of the batch, fp32 [N of this pack].
+    """The tensors of one pack: what the networks read, and `fields` of the batch for its response tokens, fp32 [N].
 
-    Samples of one question share its prompt, which stands in the pack once. `where` [N] are the places of its response
-    tokens in the batch. An empty list of samples gives a prompt to predict nothing from: it takes part in every
-    collective and adds exactly nothing.
+    input_ids     int64 [T]: the tokens; a prompt that several samples share stands in the pack once
+    position_ids  int64 [T]: where each token stands in its own sample
+    key_index     int64 [K]: for every token of every sample, where it stands in the pack
+    cu_seqlens_q  int32 [B + 1]: ends of the samples' parts of input_ids, without prompts that stood there before
+    cu_seqlens_k  int32 [B + 1]: ends of the samples' parts of key_index
+    state_index   int64 [N]: where in the pack s_t ends, which is the token before a_t
+    targets       int64 [N]: the response tokens a_t
+    token_index   int64 [N]: where in the batch's [N] arrays the response tokens stand
+    max_seqlen    the longest sample, a plain int
+
+    An empty list of samples gives a prompt to predict nothing from: the rank then takes part in every collective, and
+    adds exactly nothing to the gradient.
     """
-    samples = indices or [0]
-    lengths = (batch.lengths if indices else batch.prompt_lens)[samples]  # [B]
-    ends, questions = np.cumsum(lengths), batch.questions[samples]  # [B]
-    # every token of every sample, and whose it is
-    token, i = np.arange(ends[-1]), np.repeat(samples, lengths)  # [K]
-    offset = token - np.repeat(ends - lengths, lengths)  # [K], in its sample
-    response = offset >= batch.prompt_lens[i]  # [K]
-    first = (questions[:, None] == questions).argmax(1)  # [B]: the first sample of the same question
-    # the token that stands for it in the pack, and how many stay so far
-    copy = np.where(response, token, np.repeat((ends - lengths)[first], lengths) + offset)  # [K]
-    kept = np.cumsum(copy == token)  # [K]
-    ids = batch.tokens[batch.token_starts[i] + offset].astype(np.int64)  # [K]
-    arrays = {
-        "input_ids": ids[copy == token],  # [T]
-        "position_ids": offset[copy == token],  # [T]
-        "keys": kept[copy] - 1,  # [K]
-        "cu_seqlens_q": np.array([0, *kept[ends - 1]], np.int32),  # [B + 1]
-        "cu_seqlens_k": np.array([0, *ends], np.int32),  # [B + 1]
-        "positions": kept[copy][np.flatnonzero(response) - 1] - 1,  # [N]: s_t ends one token before a_t
-        "targets": ids[response],  # [N]
-        "where": (batch.response_starts[i] + offset - batch.prompt_lens[i])[response],  # [N]
-    }
-    arrays |= {field: getattr(batch, field)[arrays["where"]] for field in fields}
-    pack = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-    return pack | {"max_seqlen": int(max(lengths))}
+    pieces = defaultdict(list)  # tensor → its pieces, one for each sample
+    cu_seqlens_q, cu_seqlens_k = [0], [0]
+    prompt_places = {}  # prompt_index → where its tokens stand in the pack
+    for i in indices or [0]:
+        prompt_index = batch.prompt_indices[i]
+        prompt_len = batch.prompt_lens[i]
+        length = batch.lengths[i] if indices else prompt_len
+        first_new = (
+            prompt_len if prompt_index in prompt_places else 0
+        )  # The pack has the tokens before it already.
+        num_new = length - first_new
+        num_placed = cu_seqlens_q[-1]
+        places = np.arange(num_placed, num_placed + num_new)
+        if first_new:
+            places = np.concatenate([prompt_places[prompt_index], places])
+        prompt_places[prompt_index] = places[:prompt_len]
+        start = batch.token_starts[i]
+        tokens = batch.tokens[start : start + length]
+        pieces["input_ids"].append(tokens[first_new:].astype(np.int64))
+        pieces["position_ids"].append(np.arange(first_new, length))
+        pieces["key_index"].append(places)
+        pieces["state_index"].append(places[prompt_len - 1 : length - 1])
+        pieces["targets"].append(tokens[prompt_len:].astype(np.int64))
+        pieces["token_index"].append(batch.response_starts[i] + np.arange(length - prompt_len))
+        cu_seqlens_q.append(num_placed + num_new)
+        cu_seqlens_k.append(cu_seqlens_k[-1] + length)
+    arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    arrays["cu_seqlens_q"] = np.array(cu_seqlens_q, np.int32)
+    arrays["cu_seqlens_k"] = np.array(cu_seqlens_k, np.int32)
+    for field in fields:
+        arrays[field] = getattr(batch, field)[arrays["token_index"]]
+    pack = {}
+    for name, array in arrays.items():
+        pack[name] = torch.from_numpy(array).to(device, non_blocking=True)
+    pack["max_seqlen"] = int(np.diff(cu_seqlens_k).max())
+    return pack

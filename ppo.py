@@ -1,27 +1,32 @@
 """The algorithm: advantages, losses, and the Learner that trains one network with DeepSpeed ZeRO-3.
 
 Vanilla PPO, as Open-Reasoner-Zero runs it (arXiv 2503.24290, section 2), against the textbook (arXiv 1707.06347):
-  1. no KL term, neither in the reward nor in the loss, and so no reference model (kl_coef brings both back);
-  2. γ = λ = 1: every token of a response gets the advantage R − V(s_t), undiscounted;
-  3. the critic is a network of its own, started from the same base model, with its own learning rate;
-  4. the policy takes one update per batch, strictly on-policy; the critic takes twelve, on one twelfth each;
-  5. the reward is 0 or 1 at the last token and nothing else: no format reward, no length penalty;
-  6. advantages are normalised over all tokens of the whole batch.
+  1. There is no KL term, neither in the reward nor in the loss, and so no reference model (kl_coef brings both back).
+  2. γ = λ = 1: every token of a response gets the advantage R − V(s_t), undiscounted. The critic is then a baseline only:
+     whatever it predicts, the expected policy gradient is that of the reward, without bias.
+  3. The critic is a network of its own, started from the same base model, with its own learning rate.
+  4. The policy takes one update per batch and the critic twelve, on one twelfth each. A second policy update would train
+     on samples of an older policy; the critic is a regression, which may as well take many small steps.
+  5. The reward is 0 or 1 at the last token and nothing else: no format reward, no length penalty.
+  6. Advantages are normalised over all tokens of the whole batch.
 
     δ_t = r_t + γ V(s_{t+1}) − V(s_t)        Â_t = Σ_k (γλ)^k δ_{t+k}        R_t = Â_t + V(s_t)            gae
     r_t(θ) = π_θ(a_t|s_t) / π_old(a_t|s_t)   L_π = −Σ_t min(r_t Â_t, clip(r_t, 1−ε, 1+ε) Â_t) / N          policy_loss
     L_V = Σ_t ½ max((V − R_t)², (V_old + clip(V − V_old, ±value_clip) − R_t)²) / N                         value_loss
 
-N is the number of response tokens of the whole update, over all ranks and packs: one mean, not a mean of means.
+N is the number of response tokens of the whole update, over all ranks and packs. The loss is a mean over tokens, not a mean
+over responses of means over their tokens: every token weighs the same, whether its response is long or short.
 
-In:   a Batch (flat arrays over all samples) and a plan of packs.   Out: values, log-probs, updated networks, metrics.
+With one policy update per batch, π_old is the policy itself: the ratio r_t is 1, the clip does nothing, and what is left of
+PPO is REINFORCE with a learned baseline. The clip matters with policy_updates_per_step > 1.
+
+In:   a Batch (flat arrays over all samples) and plans of packs.   Out: values, log-probs, updated networks, metrics.
 Nothing above the Learner knows of Ray, vLLM or DeepSpeed.
 
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
 
 import os
-from collections import defaultdict
 
 import numpy as np
 import torch
@@ -30,82 +35,161 @@ from safetensors.torch import load_file, save_file
 import model
 from packing import make_pack
 
-# ---- Advantages and losses ---------------------------------------------------------------------------------------
-
-
-def gae(rewards, values, lengths, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over many responses at once.
-
-    rewards and values [N], per token, responses laid end to end; lengths [B], their sizes, which sum to N. Returns
-    advantages and returns, fp32 [N]. Sums of 1, 2, 4, … terms (Hillis and Steele 1986): no loop over tokens.
-    """
-    advantages, returns = np.empty((2, len(values)), np.float32)  # [N] each
-    ends = np.cumsum(lengths)  # [B]
-    for start, end in zip(ends - lengths, ends):
-        v = values[start:end].astype(np.float64)  # [n], this response's
-        a = rewards[start:end] - v
-        a[:-1] += gamma * v[1:]  # δ_t; nothing follows the end
-        for terms in (2**k for k in range(int(end - start - 1).bit_length())):
-            a[:-terms] += (gamma * lam) ** terms * a[terms:]  # Â_t = Σ_k (γλ)^k δ_{t+k}, of twice as many
-        advantages[start:end], returns[start:end] = a, a + v
-    return advantages, returns
+# ---- Advantages --------------------------------------------------------------------------------------------------
 
 
 def token_rewards(batch, kl_coef=0.0):
-    """r_t, fp32 [N]: the 0/1 reward at the last token, minus kl_coef · (log π_old − log π_ref) at every token."""
-    rewards = np.zeros(len(batch.logprobs), np.float32)
+    """r_t, fp32 [N]: the reward at the last token, minus kl_coef · (log π_old − log π_ref) at every token."""
+    rewards = np.zeros(len(batch.logprobs), np.float32)  # [N]
     if kl_coef:
         rewards -= kl_coef * (batch.old_logprobs - batch.ref_logprobs)
-    answered = batch.response_lens > 0
-    rewards[(batch.response_starts + batch.response_lens)[answered] - 1] += batch.rewards[answered]
+    last_tokens = batch.response_starts + batch.response_lens - 1  # [B]
+    not_empty = batch.response_lens > 0
+    rewards[last_tokens[not_empty]] += batch.rewards[not_empty]
     return rewards
 
 
+def gae(rewards, values, response_lens, gamma=1.0, lam=1.0):
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), response by response.
+
+    rewards and values [N], per token, responses laid end to end; response_lens [B], which sum to N. Returns advantages and
+    returns, fp32 [N]. The value after a response's last token is 0, also where the response was cut off at the length
+    limit: ORZ counts a response without an answer as a finished one with reward 0.
+    """
+    advantages = np.empty(len(values), np.float32)  # [N]
+    start = 0
+    for length in response_lens:
+        end = start + int(length)
+        advantages[start:end] = gae_of_response(
+            rewards[start:end].tolist(), values[start:end].tolist(), gamma, lam
+        )
+        start = end
+    return advantages, advantages + np.asarray(values, np.float32)
+
+
+def gae_of_response(rewards, values, gamma, lam):
+    """Â_t = δ_t + γλ Â_{t+1}, from the last token to the first. Plain lists in and out: Python's floats are fp64."""
+    advantages = [0.0] * len(values)
+    next_value, next_advantage = 0.0, 0.0
+    for t in reversed(range(len(values))):
+        delta = rewards[t] + gamma * next_value - values[t]
+        advantages[t] = delta + gamma * lam * next_advantage
+        next_value, next_advantage = values[t], advantages[t]
+    return advantages
+
+
 def normalise(advantages):
-    """Mean 0 and standard deviation 1 over all tokens of the batch. Sums are fp64, arrays are not: the driver would spend
-    more time on their memory than on the arithmetic."""
-    a = np.subtract(advantages, advantages.mean(dtype=np.float64), out=np.empty_like(advantages))  # [N]
-    return np.divide(a, np.sqrt(np.einsum("i,i", a, a, dtype=np.float64) / len(a)) + 1e-8, out=a)
+    """Mean 0 and standard deviation 1 over all tokens of the batch, fp32 [N]. Sums of millions of terms need fp64."""
+    wide = advantages.astype(np.float64)
+    return ((wide - wide.mean()) / (wide.std() + 1e-8)).astype(np.float32)
 
 
-def group_advantages(batch, size):
-    """GRPO's (arXiv 2402.03300, section 4.1.2): the reward against the mean over the `size` samples of its question, in
-    their standard deviations, at every token. The samples stand in the order of their questions; fp32 [N]."""
-    groups = batch.rewards.reshape(-1, size)  # [B / size, size]
-    relative = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-6)
-    return np.repeat(relative.ravel(), batch.response_lens)
+def explained_variance(values, returns):
+    """1 − Var(R − V) / Var(R): 1 for a critic that knows every return, 0 for one that predicts a constant."""
+    variance = returns.var()
+    return float(1 - (returns - values).var() / variance) if variance > 0 else None
+
+
+def group_advantages(batch, group_size):
+    """GRPO's advantages (arXiv 2402.03300, section 4.1.2), fp32 [N]: a response's reward against the mean of the
+    `group_size` responses to its prompt, in their standard deviations, at every token.
+
+    The samples stand in the order of their prompts.
+    """
+    groups = batch.rewards.reshape(-1, group_size)  # [B / group_size, group_size]
+    mean = groups.mean(axis=1, keepdims=True)
+    std = groups.std(axis=1, keepdims=True)
+    relative = (groups - mean) / (std + 1e-6)
+    return np.repeat(relative.ravel(), batch.response_lens)  # [N]
+
+
+# ---- Losses ------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio."""
     ratio = (logprobs - old_logprobs).exp()  # [N]
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.min(ratio * advantages, clipped * advantages), ratio
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages), ratio
 
 
 def value_loss(values, old_values, returns, value_clip):
-    """The clipped value loss of ORZ, ½ max of the squared errors of V and of V kept near V_old. All [N]."""
-    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    """ORZ's clipped value loss, ½ max of the squared errors of V and of V kept near V_old. All [N]."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped_values - returns) ** 2)
+
+
+def k3(log_ratio):
+    """Schulman's estimator of a KL divergence (2020, "Approximating KL divergence"): r − 1 − log r, never negative."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def num_response_tokens(batch, plan):
+    """The response tokens of a plan, over all ranks and packs."""
+    return sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
+
+
+# ---- The schedule ------------------------------------------------------------------------------------------------
+
+
+def num_updates(cfg, kind, step):
+    """How many updates a learner has made when `step` is finished."""
+    per_step = {"policy": cfg.policy_updates_per_step, "critic": cfg.critic_updates_per_step}
+    return step * per_step[kind]
+
+
+def learning_rate(cfg, kind, update):
+    """The rate of a learner's update number 1, 2, …: linear warm-up, then constant; or for the policy, linear decay."""
+    start = cfg.policy_lr if kind == "policy" else cfg.critic_lr
+    final = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else start
+    decayed = min(1.0, update / max(1, cfg.lr_decay_steps))
+    warmed_up = min(1.0, update / max(1, cfg.warmup_steps))
+    return (start + decayed * (final - start)) * warmed_up
 
 
 # ---- The Learner -------------------------------------------------------------------------------------------------
 
-
-# Weights of a network that every rank keeps whole from pack to pack, 1 GB in 16 bits; all others are gathered for each
-# pack, layer by layer. Half of DeepSpeed's stage3_max_live_parameters, so that it may still fetch a layer ahead.
-# And gradients that are summed over the ranks at once: DeepSpeed's default, 500 million, is a buffer of 1 GB in 16 bits.
-KEPT_WHOLE, REDUCED_AT_ONCE = 5 * 10**8, 2 * 10**7
+# Weights of a network that every rank keeps whole from pack to pack: 1 GB in 16 bits. All others are gathered for each
+# pack, layer by layer. This is half of DeepSpeed's stage3_max_live_parameters, so that it may still fetch a layer ahead.
+KEPT_WHOLE = 5 * 10**8
+# Gradients that are summed over the ranks at once. DeepSpeed's default of 500 million is a buffer of 1 GB in 16 bits.
+REDUCED_AT_ONCE = 2 * 10**7
+# Parameters that are gathered at once for a sync or an export: a layer or two, 1 GB in a 32B model. One by one would
+# take ten times as long.
+GATHERED_AT_ONCE = 16
 
 
 class DriftError(Exception):
     """Sampler and learner disagree about the same tokens: what would be trained on is not what was sampled."""
 
 
-class Learner:
-    """One network under training: "policy", "critic", or "reference" (forward only). One per rank; calls are collective."""
+def deepspeed_config(cfg, dtype, buffers_in_fp32):
+    """ZeRO-3: weights, gradients and optimizer states are each cut into one part per rank."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # backward() accumulates over as many packs as there are; every step() is an update.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": cfg.max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # DeepSpeed rounds what a model's __init__ creates to the training dtype, unless it is named here.
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": buffers_in_fp32},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            # This would replace torch's linear function in the whole process, also for vLLM.
+            "memory_efficient_linear": False,
+            "reduce_bucket_size": REDUCED_AT_ONCE,
+            "stage3_param_persistence_threshold": KEPT_WHOLE,
+            "stage3_model_persistence_threshold": KEPT_WHOLE,
+        },
+    }
 
-    stays = False  # on the GPU while others work: if there is room for all, which the Worker finds out
+
+class Learner:
+    """One network under training: "policy", "critic", or "reference" (forward only). There is one per rank.
+
+    All ranks call the same methods together. A Learner begins, and waits, in CPU memory: see offload and onload.
+    """
 
     def __init__(self, kind, cfg, path, device, dtype):
         import deepspeed
@@ -113,194 +197,228 @@ class Learner:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.kind, self.cfg, self.device = kind, cfg, device
-        self.updates = 0  # so far; it follows from the step
+        self.is_trained = kind != "reference"
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.drift_limit = cfg.drift_limit or (1e-3 if dtype == torch.float32 else 0.05)
-        # Weights, gradients and optimizer states are each cut into one part per rank.
-        # (memory_efficient_linear would replace torch's linear function in the whole process, for vLLM, too.)
-        zero = {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False}
-        zero["reduce_bucket_size"] = REDUCED_AT_ONCE
-        zero |= {f"stage3_{what}_persistence_threshold": KEPT_WHOLE for what in ("param", "model")}
-        # DeepSpeed rounds what a model's __init__ creates to the training dtype, unless it is named in keep_in_fp32_modules.
         plain_buffers = model.plain_buffers(kind, path, dtype, cfg.trust_remote_code)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            # backward() accumulates over as many packs as there are; every step() is an update.
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": cfg.max_grad_norm,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "data_types": {
-                "grad_accum_dtype": "fp32",
-                "keep_in_fp32_modules": model.names_in_fp32(plain_buffers),
-            },
-            "zero_optimization": zero,
-        }
+        config = deepspeed_config(cfg, dtype, model.names_in_fp32(plain_buffers))
         # While this object lives, from_pretrained cuts each weight into its parts as soon as it is read.
         _partition_while_loading = HfDeepSpeedConfig(config)
-        settings = cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
-        network = self.network = model.load_network(kind, path, dtype, *settings)
-        # the weights of a layer come and go together
-        deepspeed.utils.set_z3_leaf_modules(network, [GradientCheckpointingLayer], raise_if_not_found=False)
-        self.lr = {"policy": cfg.policy_lr, "critic": cfg.critic_lr}.get(kind)  # None: it only looks
-        self.final_lr = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else self.lr
-        how = {"betas": tuple(cfg.adam_betas), "weight_decay": 0.0, "fused": device.type == "cuda"}
-        optimizer = torch.optim.AdamW(network.parameters(), self.lr, **how) if self.lr is not None else None
-        self.engine = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
-        model.check_buffers(network, plain_buffers, path)
-        # These are kept whole. DeepSpeed would gather them after each update, one by one; left to their next use, they
-        # come layer by layer.
+        self.network = model.load_network(
+            kind, path, dtype, cfg.gradient_checkpointing, cfg.seed, cfg.trust_remote_code
+        )
+        # The weights of a layer are gathered and dropped together.
+        deepspeed.utils.set_z3_leaf_modules(
+            self.network, [GradientCheckpointingLayer], raise_if_not_found=False
+        )
+        optimizer = self.make_optimizer() if self.is_trained else None
+        self.engine = deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
+        model.check_buffers(self.network, plain_buffers, path)
+        # After an update DeepSpeed would gather what is kept whole, parameter by parameter. Without this list it is
+        # gathered at its next use, layer by layer.
         self.engine.optimizer.persistent_parameters = []
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.offload()
 
+    def make_optimizer(self):
+        """AdamW. ZeRO-3 gives it flat parts of weights that know no rows and columns: only an optimizer that treats every
+        number alike (Adam, Lion, SGD) can take its place, and none that works on matrices (Muon, Shampoo)."""
+        return torch.optim.AdamW(
+            self.network.parameters(),
+            betas=tuple(self.cfg.adam_betas),
+            weight_decay=0.0,
+            fused=self.device.type == "cuda",
+        )
+
     @torch.no_grad()
-    def forward(self, batch, plan, before=None):
-        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan.
-        Less `before` [N], where it is given: the same of earlier, on the rank that has the sample."""
+    def forward(self, batch, plan):
+        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
         results = torch.zeros(len(batch.logprobs), device=self.device)  # [N]
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
-            out = self.engine(pack) if self.kind == "critic" else self.engine(pack, self.cfg.temperature)[0]
-            results[pack["where"]] = out if before is None else out - before[pack["where"]]
+            if self.kind == "critic":
+                output = self.engine(pack)
+            else:
+                output, _ = self.engine(pack, self.cfg.temperature)
+            results[pack["token_index"]] = output
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 
-    def update(self, batch, plans):
-        """One optimizer update on the samples of each plan (all ranks' packs); returns {metric: mean over all elements}
-        and, of the policy, update_kl: k3 (Schulman 2020) between it before and after, on a few samples.
+    def update(self, batch, plans, step, kl_plan=None):
+        """One optimizer update on the samples of each plan. Returns metrics, each a mean over all elements.
 
+        step is the number of the training step, from which the learning rate follows. kl_plan is a plan of a few samples,
+        on which the policy before and after all updates is compared: `update_kl`, by k3.
         Raises FloatingPointError or DriftError, on all ranks alike, instead of applying an update.
         """
-        sums = defaultdict(lambda: np.zeros(2))  # metric → [sum, count], over all ranks and updates
-        report = [[packs[0][:2]] for packs in plans[0]]
-        # [N]: the log-probs before the first update, for update_kl; policy_terms fills it
-        self.before = torch.zeros(len(batch.logprobs), device=self.device)
-        for plan in plans:
-            metrics, grad_norm = self.accumulate(batch, plan), np.inf
-            self.updates += 1
-            done = min(1.0, self.updates / max(1, self.cfg.lr_decay_steps))
-            lr = self.lr + done * (self.final_lr - self.lr)
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = lr * min(1.0, self.updates / max(1, self.cfg.warmup_steps))
-            if np.isfinite(list(metrics.values())).all():
-                self.engine.step()  # DeepSpeed leaves out an update whose gradient is not finite
-                grad_norm = float(self.engine.get_global_grad_norm())
-            if not np.isfinite(grad_norm):
-                self.engine.optimizer._overflow_clean_up(None)  # forgets the gradients
-                path = f"{self.cfg.out_dir}/{self.cfg.name}/nonfinite_{self.kind}_{self.updates}.npz"
-                if self.rank == 0:
-                    np.savez(path, **vars(batch))
-                torch.distributed.barrier()  # the run may end with the first rank that raises
-                if self.cfg.on_nonfinite == "stop":
-                    raise FloatingPointError(f"{self.kind} update not finite, left out; its data: {path}")
-                metrics = {f"skipped_{self.kind}": [1, 1]}
-            else:
-                metrics |= {f"grad_norm_{self.kind}": [grad_norm, 1], f"lr_{self.kind}": [group["lr"], 1]}
-                metrics[f"skipped_{self.kind}"] = [0, 1]
-            for name, total_and_count in metrics.items():
-                sums[name] += total_and_count
-        means = {name: float(total / count) if count else None for name, (total, count) in sums.items()}
-        if self.kind == "policy":
-            log_ratio = self.forward(batch, report, self.before)  # [N], 0 outside the report
-            num_tokens = sum(batch.response_lens[packs[0]].sum() for packs in report)
-            means["update_kl"] = float((np.exp(log_ratio) - 1 - log_ratio).sum() / max(1, num_tokens))
-        return means
+        logprobs_before = self.forward(batch, kl_plan) if kl_plan else None  # [N]
+        totals = {}  # metric → [sum, count] over all ranks and updates
+        for n, plan in enumerate(plans):
+            update = num_updates(self.cfg, self.kind, step - 1) + n + 1
+            sums = self.accumulate(batch, plan, is_first=n == 0)
+            for name, sum_and_count in self.apply(batch, sums, update).items():
+                totals[name] = totals.get(name, 0) + np.array(sum_and_count)
+        metrics = {}
+        for name, (total, count) in totals.items():
+            metrics[name] = float(total / count) if count else None
+        if kl_plan:
+            # Both passes run the same packs: packs of other shapes would round differently.
+            log_ratio = torch.from_numpy(
+                self.forward(batch, kl_plan) - logprobs_before
+            )  # [N], 0 outside the plan
+            metrics["update_kl"] = float(k3(log_ratio).sum()) / max(1, num_response_tokens(batch, kl_plan))
+        return metrics
 
-    def accumulate(self, batch, plan):
-        """The gradient of one update; returns the [sum, count] of its metrics over all ranks."""
-        num_tokens = sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
-        terms = self.policy_terms if self.kind == "policy" else self.critic_terms
-        sums, drift_max = {}, torch.zeros((), device=self.device)
+    def accumulate(self, batch, plan, is_first):
+        """Compute the gradient of one update. Returns metric → [sum, count] over all ranks."""
+        # The loss's denominator is known before the first pack: all response tokens of this update.
+        num_tokens = num_response_tokens(batch, plan)
+        totals = {}  # metric → fp64 [2], sum and count
+        drift_max = torch.zeros((), device=self.device)
         for indices in plan[self.rank]:
-            loss, vectors = terms(batch, indices)
+            if self.kind == "policy":
+                loss, vectors = self.policy_terms(batch, indices, is_first)
+            else:
+                loss, vectors = self.critic_terms(batch, indices)
             # ZeRO-3 divides every reduced gradient by the number of ranks; multiplying by it first leaves the sum.
             self.engine.backward(loss.sum() * self.world_size / num_tokens)
             for name, vector in vectors.items():
                 total = vector.detach().double().sum()
-                sums[name] = sums.get(name, 0) + torch.stack([total, torch.full_like(total, len(vector))])
+                count = torch.full_like(total, len(vector))
+                totals[name] = totals.get(name, 0) + torch.stack([total, count])
             if "drift_mean" in vectors and len(loss):
                 drift_max = torch.max(drift_max, vectors["drift_mean"].detach().max())
-        totals = torch.stack(list(sums.values()))  # [M, 2]
-        torch.distributed.all_reduce(totals)
-        metrics = dict(zip(sums, totals.tolist()))
-        if "drift_mean" in metrics:
+        stacked = torch.stack(list(totals.values()))  # [M, 2]: of M metrics
+        torch.distributed.all_reduce(stacked)
+        sums = dict(zip(totals, stacked.tolist()))
+        if "drift_mean" in sums:
             torch.distributed.all_reduce(drift_max, torch.distributed.ReduceOp.MAX)
-            metrics["drift_max"] = [float(drift_max), 1]
-            total, count = metrics["drift_mean"]
-            if total / count > self.drift_limit >= 0:  # refused: these samples are another policy's
-                gap = f"log-probs {total / count:.2g} > {self.drift_limit:.2g} apart"
-                raise DriftError(f"vLLM and policy, {gap}: stale weights in vLLM, another dtype or template")
-        return metrics
+            sums["drift_max"] = [float(drift_max), 1]
+            self.check_drift(*sums["drift_mean"])
+        return sums
 
-    def policy_terms(self, batch, indices):
-        """The loss per token of one pack, and vectors of which the step's metrics are the means."""
-        strict = self.cfg.policy_updates_per_step == 1
-        fields = ["advantages", "logprobs"] + ([] if strict else ["old_logprobs"])
+    def policy_terms(self, batch, indices, is_first):
+        """The loss per token of one pack [N], and vectors of which the step's metrics are the means.
+
+        is_first: this is the step's first update, whose weights are those that vLLM sampled with.
+        """
+        is_only_update = self.cfg.policy_updates_per_step == 1
+        fields = ["advantages", "logprobs"] + ([] if is_only_update else ["old_logprobs"])
         pack = make_pack(batch, indices, self.device, fields)
-        logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N]
-        # Strictly on-policy, the old log-probs are the new ones: no pass of their own, and the ratio is 1.
-        old_logprobs = logprobs.detach() if strict else pack["old_logprobs"]
-        self.before[pack["where"]] = old_logprobs  # for update_kl
-        advantages, eps = pack["advantages"], self.cfg.clip_eps
-        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, eps)
-        right = torch.from_numpy(np.repeat(batch.rewards[indices] > 0, batch.response_lens[indices]))  # [N]
-        vectors = {"pg_loss": loss, "entropy": entropy}
-        vectors |= {"entropy_right": entropy[right], "entropy_wrong": entropy[~right]}
-        if self.updates % self.cfg.policy_updates_per_step == 0:  # vLLM sampled with just these weights
+        logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N] each
+        # Strictly on-policy, the old log-probs are the new ones: they need no pass of their own, and the ratio is 1.
+        old_logprobs = logprobs.detach() if is_only_update else pack["old_logprobs"]
+        advantages, clip_eps = pack["advantages"], self.cfg.clip_eps
+        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps)
+        correct = np.repeat(batch.correct[indices], batch.response_lens[indices])  # [N]
+        correct = torch.from_numpy(correct).to(self.device)
+        vectors = {
+            "pg_loss": loss,
+            "entropy": entropy,
+            "entropy_right": entropy[correct],
+            "entropy_wrong": entropy[~correct],
+        }
+        if is_first:
             vectors["drift_mean"] = (logprobs - pack["logprobs"]).abs()
-        if not strict:
-            vectors["clipfrac_low"] = (ratio < 1 - eps) & (advantages < 0)
-            vectors["clipfrac_high"] = (ratio > 1 + eps) & (advantages > 0)
-            vectors["approx_kl"] = ratio - 1 - (logprobs - old_logprobs)  # k3 (Schulman 2020)
+        if not is_only_update:
+            vectors["clipfrac_low"] = (ratio < 1 - clip_eps) & (advantages < 0)
+            vectors["clipfrac_high"] = (ratio > 1 + clip_eps) & (advantages > 0)
+            vectors["approx_kl"] = k3(logprobs - old_logprobs)
         return loss, vectors
 
     def critic_terms(self, batch, indices):
         """As policy_terms, for the critic."""
         pack = make_pack(batch, indices, self.device, ["values", "returns"])
-        values = self.engine(pack)  # [N]
-        loss = value_loss(values, pack["values"], pack["returns"], self.cfg.value_clip)
-        return loss, {"v_loss": loss, "value_clipfrac": (values - pack["values"]).abs() > self.cfg.value_clip}
+        values, old_values = self.engine(pack), pack["values"]  # [N] each
+        loss = value_loss(values, old_values, pack["returns"], self.cfg.value_clip)
+        return loss, {"v_loss": loss, "value_clipfrac": (values - old_values).abs() > self.cfg.value_clip}
+
+    def check_drift(self, total, count):
+        """Refuse samples of another policy. total: Σ |log π(a_t|s_t) − the sampler's|; count: their number."""
+        drift_mean = total / max(1, count)
+        if drift_mean > self.drift_limit >= 0:
+            gap = f"log-probs {drift_mean:.2g} > {self.drift_limit:.2g} apart"
+            raise DriftError(f"vLLM and policy, {gap}: stale weights in vLLM, another dtype or template")
+
+    def apply(self, batch, sums, update):
+        """Apply the gradient as update number `update`, unless anything is not finite. Returns `sums`, with its own."""
+        kind, grad_norm = self.kind, np.inf
+        rate = learning_rate(self.cfg, kind, update)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        if np.isfinite(list(sums.values())).all():
+            self.engine.step()  # DeepSpeed leaves out an update whose gradient is not finite.
+            # Reading the norm waits for the GPU, which orders the next gathering of weights behind this update.
+            grad_norm = float(self.engine.get_global_grad_norm())
+        if np.isfinite(grad_norm):
+            return sums | {
+                f"grad_norm_{kind}": [grad_norm, 1],
+                f"lr_{kind}": [rate, 1],
+                f"skipped_{kind}": [0, 1],
+            }
+        self.engine.optimizer._overflow_clean_up(None)  # forgets the gradients
+        path = f"{self.cfg.out_dir}/{self.cfg.name}/nonfinite_{kind}_{update}.npz"
+        if self.rank == 0:
+            np.savez(path, **vars(batch))
+        torch.distributed.barrier()  # The run may end with the first rank that raises.
+        if self.cfg.on_nonfinite == "stop":
+            raise FloatingPointError(f"{kind} update not finite, left out; its data: {path}")
+        return {f"skipped_{kind}": [1, 1]}
+
+    # ---- Weights out ---------------------------------------------------------------------------------------------
 
     def weights(self):
-        """Yield (Hugging Face name, whole tensor) of every parameter, gathered 16 at a time. All ranks together."""
+        """Yield (Hugging Face name, whole tensor) of every parameter. All ranks gather, and must iterate, together."""
         import deepspeed
 
         parameters = list(self.network.named_parameters())
-        # 16 are a layer or two, 1 GB in a 32B model; one by one costs ten times more
-        for i in range(0, len(parameters), 16):
-            bucket = parameters[i : i + 16]
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
-                yield from ((name.removeprefix("hf."), p.data) for name, p in bucket)
+        for first in range(0, len(parameters), GATHERED_AT_ONCE):
+            bucket = parameters[first : first + GATHERED_AT_ONCE]
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                for name, parameter in bucket:
+                    yield name.removeprefix("hf."), parameter.data
 
     def export(self, folder):
         """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""
-        state_dict = {name: tensor.cpu().clone() for name, tensor in self.weights() if self.rank == 0}
+        state_dict = {}
+        for name, tensor in self.weights():
+            if self.rank == 0:
+                state_dict[name] = tensor.cpu().clone()
         if self.rank == 0:
             model.save_pretrained(self.network, state_dict, folder)
 
-    # GPU memory is shared by turns: who is not at work waits in CPU memory, unless all `stay`. On CPU nothing moves.
+    # ---- Turns on the GPU. On a CPU nothing moves; the reference model always stays. -----------------------------
 
     def offload(self, keep_weights=False):
-        """Give back what was gathered; where it may not stay, everything but (with keep_weights) the 16-bit weights, which
-        a weight sync still needs, goes to CPU memory."""
+        """Move fp32 weights, optimizer states, gradients and 16-bit weights to CPU memory.
+
+        keep_weights leaves the 16-bit weights in place, which a weight sync still needs.
+        """
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        if self.device.type == "cuda" and self.lr is not None:
-            leaving = set() if self.stays else {State.lp_grads, State.contiguous_grad_buffer, State.lp_params}
-            self.move_optimizer(self.device if self.stays else "cpu")
-            # whatever leaves, it partitions what was gathered, and empties torch's cache
-            self.engine.offload_states(include=leaving - ({State.lp_params} if keep_weights else set()))
+        if self.device.type == "cuda" and self.is_trained:
+            self.move_optimizer_state("cpu")
+            leaving = {State.lp_grads, State.contiguous_grad_buffer}
+            if not keep_weights:
+                leaving.add(State.lp_params)
+            self.engine.offload_states(include=leaving)
+
+    def free_gathered(self):
+        """Free the weights that were gathered whole and torch's cache; this rank's parts stay on the GPU."""
+        if self.device.type == "cuda" and self.is_trained:
+            self.engine.offload_states(include=set())
 
     def onload(self):
-        if self.device.type == "cuda" and self.lr is not None:
+        """Move everything to the GPU; what is there already stays."""
+        if self.device.type == "cuda" and self.is_trained:
             self.engine.reload_states()
-            self.move_optimizer(self.device)
+            self.move_optimizer_state(self.device)
 
-    def move_optimizer(self, device):
-        """Move the fp32 weights and AdamW's moments: DeepSpeed's own mover wants FusedAdam, which needs nvcc."""
+    def move_optimizer_state(self, device):
+        """DeepSpeed's own mover of optimizer states wants its FusedAdam, which must be compiled by nvcc."""
         for _, tensor in self.optimizer_state():
             tensor.data = tensor.data.to(device)
 
-    # ---- Checkpoints: this rank's part in one file, which is no pickle -------------------------------------------
+    # ---- Checkpoints: this rank's part in one file of safetensors, never a pickle --------------------------------
 
     def optimizer_state(self):
         """Yield (name, tensor): the fp32 weights and AdamW's state, of which all else follows."""
@@ -311,16 +429,23 @@ class Learner:
 
     def save(self, folder):
         state = {name: tensor.detach().cpu() for name, tensor in self.optimizer_state()}
-        save_file(state, f"{folder}/{self.kind}_{self.rank}.safetensors")
+        save_file(state, self.checkpoint_file(folder))
         os.sync()
 
-    def load(self, folder, step):
-        """Become what was saved after `step`. It wants the GPU, as forward and update do."""
-        zero, saved = self.engine.optimizer, load_file(f"{folder}/{self.kind}_{self.rank}.safetensors")
+    def load(self, folder):
+        """Become what was saved there. This needs the GPU, as forward and update do."""
+        zero = self.engine.optimizer
+        saved = load_file(self.checkpoint_file(folder))
         zero._partition_all_parameters()
         for i, master in enumerate(zero.fp32_partitioned_groups_flat):
-            master.data.copy_(saved.pop(f"{i}.weights"))
-            mine = {name.partition(".")[2]: name for name in saved if name.startswith(f"{i}.")}
-            zero.optimizer.state[master] = {key: saved[name].to(self.device) for key, name in mine.items()}
+            master.data.copy_(saved[f"{i}.weights"])
+            adam_state = {}
+            for name, tensor in saved.items():
+                group, _, key = name.partition(".")
+                if group == str(i) and key != "weights":
+                    adam_state[key] = tensor.to(self.device)
+            zero.optimizer.state[master] = adam_state
             zero._reassign_or_swap_out_partitioned_parameters(i)  # the weights at work, from the fp32 ones
-        self.updates = step * getattr(self.cfg, f"{self.kind}_updates_per_step")
+
+    def checkpoint_file(self, folder):
+        return f"{folder}/{self.kind}_{self.rank}.safetensors"

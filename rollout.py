@@ -12,10 +12,22 @@ calls with the same prompts and the same seed. Every vLLM call of this project i
 
 import gc
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+
+@dataclass
+class Response:
+    """One finished response."""
+
+    index: int  # of its prompt in the request
+    token_ids: np.ndarray  # int32, as sampled
+    logprobs: np.ndarray  # fp32, one for each token
+    text: str
+    finish_reason: str  # "stop": it ended by itself; "length": it was cut off
 
 
 class SyncError(Exception):
@@ -54,7 +66,7 @@ class Rollout:
     def generate(self, requests, seed, temperature, top_p):
         """Sample one response for each prompt of `requests` (lists of token ids), engine-wide.
 
-        Yields (index, response_ids int32, logprobs fp32, text, finish_reason) as each one ends, while others go on.
+        Yields a Response as each one ends, while others go on.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -82,10 +94,12 @@ class Rollout:
             state.logprobs_processor.tokenizer = None  # beside each log-prob nobody reads its token's text
         while self.engine.has_unfinished_requests() and not self.interrupted:
             for output in self.engine.step():
-                index, response = int(output.request_id), output.outputs[0]
-                ids = np.array(response.token_ids, np.int32)
-                logprobs = np.array(response.logprobs.logprobs[: len(ids)], np.float32)
-                yield index, ids, logprobs, response.text, response.finish_reason
+                finished = output.outputs[0]
+                token_ids = np.array(finished.token_ids, np.int32)
+                logprobs = np.array(finished.logprobs.logprobs[: len(token_ids)], np.float32)
+                yield Response(
+                    int(output.request_id), token_ids, logprobs, finished.text, finished.finish_reason
+                )
 
     def load_weights(self, weights):
         """Replace all weights by `weights`, an iterator of (Hugging Face name, whole tensor).

@@ -1,12 +1,29 @@
-"""The Workers: one process per GPU that holds both Learners and the vLLM engine, and the driver's side of all of them."""
+"""One GPU (Worker: the learners and vLLM take turns on it) and all of them (WorkerGroup), driven from launch.py.
+
+    driver ──► Worker 0   policy Learner, critic Learner, vLLM     one Ray actor per GPU, all three in one process
+           ──► Worker 1   policy Learner, critic Learner, vLLM     ZeRO-3 across all Workers
+           ──► …                                                   tensor-parallel vLLM engines in groups of neighbours
+
+One step on each GPU, from left to right; only one of the three computes at a time:
+
+    phase             generate     values   critic   policy   sync                 generate of the next step
+    policy Learner    waits        waits    waits    works    gives its weights    waits
+    critic Learner    waits        works    works    waits    waits                waits
+    vLLM              works        asleep   asleep   asleep   wakes, takes them    works
+
+A Learner that waits does so in CPU memory, or on the GPU where fits_beside_vllm finds room for that. vLLM asleep holds
+neither weights nor KV cache. This file imports torch, Ray and vLLM only inside functions.
+"""
 
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,286 +34,558 @@ from log import installed, sample_line
 from reward import Grader, response_stats
 
 
+def fits_beside_vllm(cfg, num_learned, free, total):
+    """Returns whether the learners' states can stay on the GPU while vLLM is awake; else they wait in CPU memory.
+
+    num_learned: parameters of all networks that learn; each Worker holds 1 / cfg.workers of their states.
+    free, total: bytes of one GPU, before vLLM starts: a reference model is loaded, no learner's state is on the GPU yet.
+    The Worker asks with what its GPU reports, tools/plan.py with estimates; therefore this imports neither Ray nor torch.
+    """
+    # A parameter takes 4 bytes in each of fp32 weights, gradients and Adam's two averages, and up to 4 to compute with.
+    states = 20 * num_learned / cfg.workers
+    headroom = 4 * 2**30  # for buffers that come and go, and fragmentation
+    return free - states - headroom > cfg.gpu_memory_utilization * total
+
+
 def rng_for(*parts):
-    """A generator for (seed, step, purpose, engine): nothing random has a state that a restart could lose."""
+    """A random generator for (seed, step, purpose, engine). It has no state that a restart could lose."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in parts])
 
 
-def trained(cfg):
-    """The networks that learn, and the folders they start from."""
-    kinds = {"policy": cfg.model} | ({"critic": cfg.critic_model} if cfg.advantage == "gae" else {})
-    return {} if cfg.eval_only else kinds
+def learned_networks(cfg):
+    """The networks that learn, and the folder each starts from."""
+    if cfg.eval_only:
+        return {}
+    networks = {"policy": cfg.model}
+    if cfg.advantage == "gae":
+        networks["critic"] = cfg.critic_model
+    return networks
 
 
-# Phases that leave the networks as they are
-INTERRUPTIBLE = ("generate", "eval", "values", "old_logprobs", "ref_logprobs")
+def checkpoints(cfg):
+    """The complete checkpoints of a run: step → folder."""
+    folders = Path(cfg.out_dir, cfg.name, "checkpoints").glob("step_*[0-9]")
+    return {int(folder.name.removeprefix("step_")): str(folder) for folder in folders}
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and the networks are those of the last finished step."""
+
+
+class PhaseTimeout(Exception):
+    """A phase took longer than its limit; some Worker hangs."""
+
+
+class StopRequest:
+    """Whether a signal has asked the run to end. The first one is noted, a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None  # a signal.Signals
+
+    def listen(self):
+        """Call this after ray.init, which installs handlers of its own."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.note)
+
+    def note(self, signum, _):
+        if self.signal:
+            import ray
+
+            ray.shutdown()
+            os._exit(128 + signum)
+        self.signal = signal.Signals(signum)
+
+
+# ---- One GPU -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """What one vLLM engine is asked to sample."""
+
+    prompts: list  # (prompt_index, Prompt)
+    num_samples: int  # responses to each
+    seed: int
+    temperature: float
+    top_p: float
 
 
 class Worker:
-    """Everything one GPU does: both Learners and the vLLM engine, in one process, taking turns."""
+    """Everything one GPU does. Ray makes one of these in a process of its own, and runs one method of it at a time."""
 
     def __init__(self, cfg, rank):
         self.cfg, self.rank = cfg, rank
+        self.is_first_of_engine = rank % cfg.tensor_parallel == 0
+
+    # -- Start
 
     def address(self):
         """This node's address and a free port on it."""
         import ray
 
-        with socket.create_server(("", 0)) as free:
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+        with socket.create_server(("", 0)) as server:
+            return ray.util.get_node_ip_address(), server.getsockname()[1]
 
-    def setup(self, address, port):
-        """Join the others and build the networks and the engine. Collective; returns how many parameters learn."""
-        import psutil
+    def gpu_memory(self):
+        """GiB of this Worker's GPU."""
+        import torch
+
+        return torch.cuda.get_device_properties(self.gpu_index()).total_memory / 2**30
+
+    def gpu_index(self):
+        """The number under which torch knows the GPU that Ray gave to this Worker."""
         import ray
 
-        here, logs = ray.util.get_node_ip_address(), Path(self.cfg.out_dir, self.cfg.name, "logs")
-        for folder in (logs, self.cfg.model, self.cfg.critic_model):
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(f"node {here} does not see {folder}")
-        if lacking := sorted({*self.cfg.versions} - {*installed()}):
-            raise ImportError(f"node {here} has not the driver's packages: {', '.join(lacking[:9])}")
-        for stream in (1, 2):
-            os.dup2(os.open(logs / f"worker_{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-        mine, visible = str((ray.get_gpu_ids() or [0])[0]), os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpu = visible.split(",").index(mine) if visible else int(mine)  # torch counts those that it sees
-        # gloo would listen where the host's name leads, which /etc/hosts often makes 127.0.1.1: no other node gets there
-        cards = {a.address: card for card, has in psutil.net_if_addrs().items() for a in has}
-        where = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": cards.get(here, "")}
-        os.environ.update(where, RANK=str(self.rank), WORLD_SIZE=str(self.cfg.workers), LOCAL_RANK=str(gpu))
-        import deepspeed.ops
+        gpu_ids = ray.get_gpu_ids()
+        if not gpu_ids:
+            return 0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return visible.split(",").index(str(gpu_ids[0])) if visible else int(gpu_ids[0])
+
+    def setup(self, address, port):
+        """Join the other Workers, whose rank 0 is at this address, and build the networks and the engine.
+
+        Returns how many parameters learn. All Workers call this together.
+        """
+        self.check_node()
+        self.send_output_to(f"{self.cfg.out_dir}/{self.cfg.name}/logs/worker_{self.rank}.log")
+        device = self.join_world(address, port)
         import torch
 
         import ppo
         import rollout
 
-        cfg, on_gpu = self.cfg, torch.cuda.is_available()
-        device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
-        dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32")
-        if on_gpu:
-            torch.cuda.set_device(device)
-        # gloo does as well as this one, which would be compiled at its first use
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        kinds = trained(cfg) | ({"reference": cfg.model} if cfg.kl_coef else {})
-        self.learners = {kind: ppo.Learner(kind, cfg, path, device, dtype) for kind, path in kinds.items()}
-        learn = sum(p.ds_numel for kind in trained(cfg) for p in self.learners[kind].network.parameters())
-        # These weights, at most 20 bytes each as in tools/plan.py, stay on the GPU if they leave vLLM its share, and 4 GiB to spare.
-        free, total = torch.cuda.mem_get_info() if on_gpu else (0, 1)
-        ppo.Learner.stays = free - 20 * learn / cfg.workers - 2**32 > cfg.gpu_memory_utilization * total
+        cfg = self.cfg
+        if cfg.dtype == "auto":
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        else:
+            dtype = getattr(torch, cfg.dtype)
+        networks = learned_networks(cfg)
+        if cfg.kl_coef:
+            networks["reference"] = cfg.model
+        self.learners = {}
+        num_learned = 0
+        for kind, path in networks.items():
+            learner = self.learners[kind] = ppo.Learner(kind, cfg, path, device, dtype)
+            if learner.is_trained:
+                num_learned += sum(parameter.ds_numel for parameter in learner.network.parameters())
+        self.learners_stay_on_gpu = False
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            self.learners_stay_on_gpu = fits_beside_vllm(cfg, num_learned, free, total)
         self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
-        self.owner = "rollout"  # of the GPU; it has read the policy's weights from the same folder
-        self.grader = Grader(max(1, min(os.cpu_count() * cfg.tensor_parallel // cfg.workers, 8)))
-        return learn
+        self.gpu_owner = "rollout"  # It has read the policy's weights from the same folder.
+        graders = os.cpu_count() * cfg.tensor_parallel // cfg.workers
+        self.grader = Grader(max(1, min(graders, 8)))
+        return num_learned
 
-    def interrupt(self):
-        # Ranks of one engine must end at the same step: one of several ranks generates to its end.
-        self.rollout.interrupted = self.cfg.tensor_parallel == 1
-
-    def give_gpu_to(self, owner):
-        """One of "rollout", "policy", "critic", "reference" works; the others sleep, and wait in CPU memory where they must."""
-        if owner != self.owner:
-            self.rollout.sleep() if self.owner == "rollout" else self.learners[self.owner].offload()
-            self.learners[owner].onload()
-            self.owner = owner
-
-    def generate(self, questions, num_samples, *sampling):
-        """questions: (index, Prompt) each; sampling: seed, temperature, top_p. Returns num_samples Samples of each in that
-        order, and the hash of the sampled ids; grading runs in other processes meanwhile. Ranks of one engine make the
-        same call."""
-        import packing
-
-        self.give_gpu_to("rollout")
-        requests = [request for request in questions for _ in range(num_samples)]
-        samples, rewards = [None] * len(requests), {}
-        for index, *response in self.rollout.generate([p.ids.tolist() for _, p in requests], *sampling):
-            number, prompt = requests[index]
-            sample = samples[index] = packing.Sample(number, prompt.ids, *response)
-            sample.stats = response_stats(sample.text)
-            if self.rank % self.cfg.tensor_parallel == 0:
-                question, how = prompt.question, sample.finish_reason
-                rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
-        for index, future in rewards.items():
-            samples[index].reward, samples[index].graded = future.result()
-            samples[index].line = sample_line(samples[index], requests[index][1].question)
-        ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
-        return (samples if rewards else []), ids_hash
-
-    def learn(self, kind, method, *args):
-        """A method of one Learner, which gets the GPU where it computes; rank 0 speaks for all."""
-        if method in ("forward", "update", "load"):
-            self.give_gpu_to(kind)
-        result = getattr(self.learners[kind], method)(*args)
-        return result if self.rank == 0 else None
-
-    def sync(self):
-        """The policy's weights into vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
-        policy = self.learners["policy"]
-        policy.offload(keep_weights=True)
-        self.rollout.wake("weights")
-        self.rollout.load_weights(policy.weights())
-        policy.offload()
-        self.rollout.wake("kv_cache")
-        self.owner = "rollout"
-
-
-class Workers:
-    """The driver's side of the Workers: make the same call on all, watch it, save what they have reached."""
-
-    def __init__(self, cfg, log, on_gpu):
+    def check_node(self):
+        """Raise unless this node sees the run's folder and the models, and has the driver's packages."""
         import ray
 
-        self.cfg, self.log, self.ray, self.on_gpu = cfg, log, ray, on_gpu
-        self.step = 0  # the last that is finished
-        self.seconds, self.longest, self.stop_signal = {}, {}, None  # seconds by phase
-        for signum in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
-            signal.signal(signum, self.stop)
+        node = ray.util.get_node_ip_address()
+        for folder in (f"{self.cfg.out_dir}/{self.cfg.name}/logs", self.cfg.model, self.cfg.critic_model):
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(f"node {node} does not see {folder}")
+        missing = sorted(set(self.cfg.versions) - set(installed()))
+        if missing:
+            raise ImportError(f"node {node} has not the driver's packages: {', '.join(missing[:9])}")
 
-    def start(self, step=None):
-        """Make the Workers, as they were at the newest checkpoint if there is one, or at that of `step`."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
+    def send_output_to(self, path):
+        """Append what this process and its libraries print to a file, whatever language they are written in."""
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(file, stream)
 
-        cfg, ray = self.cfg, self.ray
-        # vLLM's; a killed engine leaves them, and the next one would fail; a living one has its own mapped
-        for stale in Path("/dev/shm").glob("*cpushm*"):
-            stale.unlink(missing_ok=True)
-        # One bundle per engine: a tensor-parallel group sits on one node, and all are reserved together or not at all.
-        what, tp = "GPU" if self.on_gpu else "CPU", cfg.tensor_parallel
-        group = ray.util.placement_group([{what: tp}] * (cfg.workers // tp), strategy="PACK")
-        if ray.cluster_resources().get(what, 0) < cfg.workers or not group.wait(60):
-            have = int(ray.cluster_resources().get(what, 0))  # by now: a node may have left unnoticed
-            raise UserError(f"workers={cfg.workers}: Ray has {have} {what}s; an engine takes {tp} of a node")
-        actor = ray.remote(concurrency_groups={"watch": 1})(Worker)
-        share = {"num_cpus": 1 - self.on_gpu, "num_gpus": int(self.on_gpu)}
-        share["runtime_env"] = {"env_vars": worker_env(cfg, self.on_gpu)}
+    def join_world(self, address, port):
+        """Make the torch.distributed world of all Workers. Returns this Worker's device."""
+        import psutil
+        import ray
+
+        # gloo would listen on the address of the host's name, which /etc/hosts often makes 127.0.1.1, where no other node
+        # reaches it. It takes the network interface that has this node's address instead.
+        node = ray.util.get_node_ip_address()
+        interfaces = psutil.net_if_addrs().items()
+        own = [name for name, addresses in interfaces if node in [a.address for a in addresses]]
+        gpu_index = self.gpu_index()
+        os.environ |= {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": own[0] if own else "",
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.cfg.workers),
+            "LOCAL_RANK": str(gpu_index),
+        }
+        import deepspeed.ops
+        import torch
+
+        # DeepSpeed would compile this at its first use; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not torch.cuda.is_available():
+            torch.distributed.init_process_group("gloo")
+            return torch.device("cpu")
+        torch.cuda.set_device(gpu_index)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+        return torch.device("cuda", gpu_index)
+
+    # -- Beside other work, in a thread of its own
+
+    def interrupt(self):
+        """End generation early. The ranks of an engine must end at the same step: of several, each generates to its end."""
+        self.rollout.interrupted = self.cfg.tensor_parallel == 1
+
+    # -- Phases
+
+    def generate(self, request):
+        """Sample, and grade in other processes meanwhile. Returns (Samples in the order of the prompts, a hash of all
+        sampled ids); only the first rank of an engine grades, and returns the Samples. All ranks of an engine call this
+        together with equal requests.
+        """
+        from packing import Sample
+
+        if self.gpu_owner != "rollout":
+            raise RuntimeError("vLLM is asleep: it generates after a sync only")
+        prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
+        prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
+        samples, verdicts = (
+            {},
+            {},
+        )  # place in `prompts` → what belongs there; an interrupted engine leaves places out
+        for response in self.rollout.generate(prompt_ids, request.seed, request.temperature, request.top_p):
+            prompt_index, prompt = prompts[response.index]
+            samples[response.index] = Sample(
+                prompt_index=prompt_index,
+                prompt_ids=prompt.ids,
+                response_ids=response.token_ids,
+                logprobs=response.logprobs,
+                text=response.text,
+                finish_reason=response.finish_reason,
+                stats=response_stats(response.text),
+            )
+            if self.is_first_of_engine:
+                question = prompt.question
+                verdicts[response.index] = self.grader.submit(
+                    response.text, question.answer, response.finish_reason, question.choices
+                )
+        ids_hash = 0
+        for place in sorted(samples):
+            ids_hash = zlib.crc32(samples[place].response_ids.tobytes(), ids_hash)
+        if not self.is_first_of_engine:
+            return [], ids_hash
+        for place, sample in samples.items():
+            sample.correct, sample.graded = verdicts[place].result()
+            sample.reward = float(sample.correct)
+            sample.line = sample_line(sample, prompts[place][1].question)
+        return [samples[place] for place in sorted(samples)], ids_hash
+
+    def forward(self, kind, batch, plan):
+        """Values or log-probs of all response tokens, fp32 [N]; rank 0 returns them."""
+        self.give_gpu_to(kind)
+        results = self.learners[kind].forward(batch, plan)
+        return results if self.rank == 0 else None
+
+    def update(self, kind, batch, plans, step, kl_plan):
+        """The updates of one step; rank 0 returns their metrics."""
+        self.give_gpu_to(kind)
+        metrics = self.learners[kind].update(batch, plans, step, kl_plan)
+        return metrics if self.rank == 0 else None
+
+    def sync(self):
+        """Send the policy's weights to vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
+        policy = self.learners["policy"]
+        self.put_away(policy, keep_weights=True)
+        self.rollout.wake("weights")
+        self.rollout.load_weights(policy.weights())
+        self.put_away(policy)
+        self.rollout.wake("kv_cache")
+        self.gpu_owner = "rollout"
+
+    def save(self, kind, folder):
+        self.learners[kind].save(folder)
+
+    def load(self, kind, folder):
+        self.give_gpu_to(kind)
+        self.learners[kind].load(folder)
+
+    def export(self, kind, folder):
+        self.learners[kind].export(folder)
+
+    # -- Turns
+
+    def give_gpu_to(self, kind):
+        """Let one Learner compute next; who did so before gives up the memory that it can. vLLM is woken by sync."""
+        if kind == self.gpu_owner:
+            return
+        if self.gpu_owner == "rollout":
+            self.rollout.sleep()
+        else:
+            self.put_away(self.learners[self.gpu_owner])
+        self.learners[kind].onload()
+        self.gpu_owner = kind
+
+    def put_away(self, learner, keep_weights=False):
+        """Make room beside a Learner; keep_weights leaves its 16-bit weights on the GPU in any case."""
+        if self.learners_stay_on_gpu:
+            learner.free_gathered()
+        else:
+            learner.offload(keep_weights)
+
+
+# ---- All of them -------------------------------------------------------------------------------------------------
+
+
+class WorkerGroup:
+    """The driver's side of the Workers. Each method makes the same call on all of them and waits for the results."""
+
+    def __init__(self, cfg, log, on_gpu, stop_request):
+        import ray
+
+        self.cfg, self.log, self.on_gpu, self.stop_request = cfg, log, on_gpu, stop_request
+        self.ray = ray
+        self.step = 0  # the last finished one
+        self.at_step_boundary = True  # whether the learners are those of that step
+        self.seconds = {}  # of each phase since the last take_seconds()
+        self.longest_seconds = {}  # the longest that each phase has taken
+
+    # -- Start
+
+    def place(self):
+        """Start the Workers' processes. Raises UserError where the cluster has too few GPUs (or, without GPUs, CPUs)."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        remove_leftover_segments()
+        cfg, resource = self.cfg, "GPU" if self.on_gpu else "CPU"
+        # One bundle per engine: a tensor-parallel group sits on one node, and all bundles are reserved together.
+        bundles = [{resource: cfg.tensor_parallel}] * (cfg.workers // cfg.tensor_parallel)
+        group = self.ray.util.placement_group(bundles, strategy="PACK")
+        available = self.ray.cluster_resources().get(resource, 0)
+        if available < cfg.workers or not group.wait(60):
+            available = int(self.ray.cluster_resources().get(resource, 0))  # a node may have left meanwhile
+            needed = f"an engine takes {cfg.tensor_parallel} of a node"
+            raise UserError(f"workers={cfg.workers}: Ray has {available} {resource}s; {needed}")
+        actor = self.ray.remote(concurrency_groups={"watch": 1})(Worker)
         self.handles = []
         for rank in range(cfg.workers):
-            share["scheduling_strategy"] = InGroup(group, placement_group_bundle_index=rank // tp)
-            self.handles.append(actor.options(**share).remote(cfg, rank))
-        self.places = self.watch("address")
-        self.num_parameters = self.call("setup", "setup", *self.places[0])[0]
-        saved = checkpoints(cfg)
+            options = {
+                "num_gpus": 1 if self.on_gpu else 0,
+                "num_cpus": 0 if self.on_gpu else 1,
+                "runtime_env": {"env_vars": worker_environment(cfg, self.on_gpu)},
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank // cfg.tensor_parallel
+                ),
+            }
+            self.handles.append(actor.options(**options).remote(cfg, rank))
+        self.addresses = self.watch("address")  # (node, free port) of each
+
+    def gpu_memory(self):
+        """GiB of the first Worker's GPU."""
+        return self.ray.get(self.handles[0].gpu_memory.remote())
+
+    def start(self, step=None):
+        """Build the networks, as they were after `step`, or by default at the newest checkpoint if there is one."""
+        self.num_parameters = self.call("setup", "setup", *self.addresses[0])[0]
+        saved = checkpoints(self.cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
-            for kind in reversed(trained(cfg)):  # the policy last, as in a step
-                self.call("load", "learn", kind, "load", saved[self.step], self.step)
-            self.call("sync", "sync")
+            for kind in reversed(
+                learned_networks(self.cfg)
+            ):  # the policy last, as in a step: sync comes next
+                self.call("load", "load", kind, saved[self.step])
+            self.sync()
         self.seconds = {}
 
-    def timings(self):
-        """Seconds by phase since the last call of this."""
-        seconds, self.seconds = self.seconds, {}
-        return {"seconds": {phase: round(value, 4) for phase, value in seconds.items()}}
+    # -- Phases of a step, in their order
 
-    def watch(self, method):
-        """method() on every Worker beside what it is doing; raises the death of one that has died."""
-        # Again where one does not answer, until Ray is sure that its node has gone: its error then names the node.
-        how = {"concurrency_group": "watch", "max_task_retries": -1}
-        return self.ray.get([getattr(handle, method).options(**how).remote() for handle in self.handles])
+    def generate(self, prompts, num_samples, step):
+        """num_samples graded Samples for each of `prompts`, in the order of the prompts, to be trained on."""
+        return self.sample("generate", prompts, num_samples, step, self.cfg.temperature, self.cfg.top_p)
 
-    def call(self, phase, method, *args, per_rank=None):
-        """method(*args) on every Worker; returns the results in rank order. Whatever one raises is raised here."""
-        args = [arg if type(arg) is str else self.ray.put(arg) for arg in args]  # once, for all of them
-        calls = zip(self.handles, per_rank or [args] * len(self.handles))
-        refs = pending = [getattr(handle, method).remote(*arguments) for handle, arguments in calls]
-        start, longest, results = time.monotonic(), self.longest.get(phase, 0.0), {}
-        # Nobody knows yet how long the first of its kind takes: two hours.
-        limit = self.cfg.phase_timeout or max(600.0, 10 * (longest or 720.0))
-        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-            task = bar.add_task(phase, total=longest or None)  # of the longest so far
-            while pending:
-                done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
-                try:
-                    # The first to fail speaks; the others may wait for it in a collective.
-                    results |= zip(done, self.ray.get(done))
-                except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
-                    time.sleep(3)  # or did it fail because another one is dying?
-                    self.watch("address")
-                    raise
-                bar.update(task, completed=time.monotonic() - start)
-                # While the networks are those of the last step; an evaluation of new ones ends first.
-                if self.stop_signal and phase in INTERRUPTIBLE and "sync" not in self.seconds:
-                    self.watch("interrupt")
-                    if not pending:
-                        raise Stopped(self.stop_signal)
-                if pending and time.monotonic() - start > limit:
-                    late = (f"{r} at {self.places[r][0]}" for r, ref in enumerate(refs) if ref in pending)
-                    raise TimeoutError(f"{phase}: over phase_timeout={limit:.0f} s on rank {', '.join(late)}")
-        seconds = time.monotonic() - start
-        self.longest[phase] = max(longest, seconds)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        return [results[ref] for ref in refs]
+    def evaluate(self, prompts, num_samples, step):
+        """As generate, with the settings of evaluation, to be measured."""
+        return self.sample("eval", prompts, num_samples, step, self.cfg.eval_temperature, self.cfg.eval_top_p)
 
-    def generate(self, phase, prompts, num_samples, step):
-        """num_samples responses to each of `prompts`, graded, in the order of the prompts."""
-        cfg, tp, per_rank = self.cfg, self.cfg.tensor_parallel, []
-        sampling = (cfg.eval_temperature, cfg.eval_top_p) if phase == "eval" else (cfg.temperature, cfg.top_p)
-        # A fixed rule, never timing: longest prompt first, in snake order over the engines, so that runs repeat.
-        order, snake = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)), 2 * cfg.workers // tp
-        for engine in (rank // tp for rank in range(cfg.workers)):
-            questions = [(i, prompts[i]) for i in order[engine::snake] + order[snake - 1 - engine :: snake]]
-            # All ranks of an engine are seeded alike: else they sample different tokens, with no error at all.
-            seed = int(rng_for(cfg.seed, step, phase, engine).integers(2**31))
-            per_rank.append((questions, num_samples, seed, *sampling))
-        results = self.call(phase, "generate", per_rank=per_rank)
-        for rank, (_, ids_hash) in enumerate(results):
-            if ids_hash != results[rank - rank % tp][1]:
+    def sample(self, phase, prompts, num_samples, step, temperature, top_p):
+        requests = []
+        for engine, hand in enumerate(deal_prompts(prompts, self.cfg.workers // self.cfg.tensor_parallel)):
+            # All ranks of an engine are seeded alike: else they would sample different tokens, with no error at all.
+            seed = int(rng_for(self.cfg.seed, step, phase, engine).integers(2**31))
+            requests.append(Request(hand, num_samples, seed, temperature, top_p))
+        refs = []
+        for rank, handle in enumerate(self.handles):
+            refs.append(handle.generate.remote(requests[rank // self.cfg.tensor_parallel]))
+        samples = []
+        hash_of_engine = {}
+        for rank, (samples_of_rank, ids_hash) in enumerate(self.wait(phase, refs, interruptible=True)):
+            if hash_of_engine.setdefault(rank // self.cfg.tensor_parallel, ids_hash) != ids_hash:
                 raise RuntimeError(f"rank {rank} sampled other tokens than the others of its vLLM engine")
-        return sorted((sample for share, _ in results for sample in share), key=lambda s: s.question)
+            samples += samples_of_rank
+        return sorted(samples, key=lambda sample: sample.prompt_index)
+
+    def old_logprobs(self, batch, plan):
+        """log π_old(a_t|s_t), fp32 [N]: of the policy before this step's updates."""
+        return self.call("old_logprobs", "forward", "policy", batch, plan, interruptible=True)[0]
+
+    def ref_logprobs(self, batch, plan):
+        """log π_ref(a_t|s_t), fp32 [N]: of the base model."""
+        return self.call("ref_logprobs", "forward", "reference", batch, plan, interruptible=True)[0]
+
+    def values(self, batch, plan):
+        """V(s_t), fp32 [N]: of the critic before this step's updates."""
+        return self.call("values", "forward", "critic", batch, plan, interruptible=True)[0]
+
+    def update(self, kind, batch, plans, kl_plan=None):
+        """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
+        self.at_step_boundary = False
+        return self.call(kind, "update", kind, batch, plans, self.step + 1, kl_plan)[0]
+
+    def sync(self):
+        """Send the policy's weights to all vLLM engines, proved complete."""
+        self.call("sync", "sync")
+
+    def finish_step(self, step):
+        self.step = step
+        self.at_step_boundary = True
+
+    # -- Out
 
     def save(self):
-        """checkpoints/step_N: written beside, then renamed, so that it is whole or not there at all."""
-        folder, size = f"{self.log.dir}/checkpoints/step_{self.step}", 12 * self.num_parameters
+        """Write checkpoints/step_N atomically: into a folder beside it, which is then renamed."""
+        folder = f"{self.log.dir}/checkpoints/step_{self.step}"
         if self.step == 0 or os.path.exists(folder):
             return
-        if (free := shutil.disk_usage(self.log.dir).free) < size:
+        size = 12 * self.num_parameters  # fp32 weights and AdamW's two averages
+        free = shutil.disk_usage(self.log.dir).free
+        if free < size:
             raise OSError(f"a checkpoint takes {size:,} bytes, but {self.log.dir} has {free:,} left")
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         os.makedirs(f"{folder}.tmp")
-        for kind in trained(self.cfg):
-            self.call("save", "learn", kind, "save", f"{folder}.tmp")
+        for kind in learned_networks(self.cfg):
+            self.call("save", "save", kind, f"{folder}.tmp")
         shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()
         os.rename(f"{folder}.tmp", folder)
         saved = checkpoints(self.cfg)
-        for step in {*sorted(saved)[: -self.cfg.keep_checkpoints]} - {self.log.best(saved)}:
+        kept = sorted(saved)[-self.cfg.keep_checkpoints :] + [self.log.best(saved)]
+        for step in set(saved).difference(kept):
             shutil.rmtree(saved[step])
 
     def export(self, tokenizer, suffix=""):
-        """The networks as Hugging Face folders, policy/ and critic/: written beside, then renamed."""
-        for kind in trained(self.cfg):
+        """Write the networks as Hugging Face folders policy/ and critic/, atomically."""
+        for kind in learned_networks(self.cfg):
             folder = f"{self.log.dir}/{kind}{suffix}"
-            self.call("export", "learn", kind, "export", f"{folder}.tmp")
+            self.call("export", "export", kind, f"{folder}.tmp")
             tokenizer.save_pretrained(f"{folder}.tmp")
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(f"{folder}.tmp", folder)
 
-    def stop(self, signum, _):
-        """First signal: end at the next step boundary. Second: end at once."""
-        if self.stop_signal:
-            self.ray.shutdown()
-            os._exit(128 + signum)
-        # No restart: Workers may die of the same signal.
-        self.stop_signal, self.cfg.max_restarts = signal.Signals(signum).name, 0
+    def take_seconds(self):
+        """{"seconds": {phase: seconds since the last call of this}}."""
+        seconds = {phase: round(value, 4) for phase, value in self.seconds.items()}
+        self.seconds = {}
+        return {"seconds": seconds}
+
+    # -- How a call is made
+
+    def call(self, phase, method, *args, interruptible=False):
+        """Call a method on every Worker; returns the results in rank order. What one raises is raised here."""
+        shared = [self.ray.put(arg) for arg in args]  # once in Ray's object store, for all Workers
+        refs = [getattr(handle, method).remote(*shared) for handle in self.handles]
+        return self.wait(phase, refs, interruptible)
+
+    def wait(self, phase, refs, interruptible=False):
+        """Wait for one result of every Worker, with a progress bar on a terminal.
+
+        Raises what a Worker raised, Ray's error where one died, PhaseTimeout where one takes too long, and Stopped where
+        a signal asked the run to end, the phase is interruptible and the learners are those of a finished step.
+        """
+        start = time.monotonic()
+        longest = self.longest_seconds.get(phase)
+        # Nobody knows yet how long the first phase of its kind takes: it gets two hours.
+        limit = self.cfg.phase_timeout or max(600.0, 10 * (longest or 720.0))
+        results, pending = {}, refs
+        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(phase, total=longest)
+            while pending:
+                done, pending = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
+                results |= zip(done, self.results_of(done))
+                seconds = time.monotonic() - start
+                bar.update(task, completed=seconds)
+                if self.stop_request.signal and interruptible and self.at_step_boundary:
+                    self.watch("interrupt")
+                    if not pending:
+                        raise Stopped
+                if pending and seconds > limit:
+                    late = [
+                        f"{rank} at {self.addresses[rank][0]}"
+                        for rank, ref in enumerate(refs)
+                        if ref in pending
+                    ]
+                    raise PhaseTimeout(f"{phase}: over phase_timeout={limit:.0f} s on rank {', '.join(late)}")
+        self.longest_seconds[phase] = max(longest or 0.0, seconds)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        return [results[ref] for ref in refs]
+
+    def results_of(self, done):
+        """The results of these calls. The first Worker to fail is heard; the others may be waiting for it."""
+        try:
+            return self.ray.get(done)
+        except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
+            # Perhaps it failed because another Worker is dying: that death is the cause, and a reason to restart.
+            time.sleep(3)
+            self.watch("address")
+            raise
+
+    def watch(self, method):
+        """Call a method of every Worker beside what it is doing. Raises the death of a Worker that has died."""
+        # Where one does not answer it is asked again, until Ray is sure that its node has gone: the error then names it.
+        options = {"concurrency_group": "watch", "max_task_retries": -1}
+        return self.ray.get([getattr(handle, method).options(**options).remote() for handle in self.handles])
 
 
-def checkpoints(cfg):
-    """The whole checkpoints of a run, step → folder."""
-    return {int(p.name[5:]): str(p) for p in Path(cfg.out_dir, cfg.name).glob("checkpoints/step_*[0-9]")}
+def deal_prompts(prompts, num_engines):
+    """Deal prompts to the engines, longest first, in snake order (0 1 2, 2 1 0, …): by a fixed rule and never by timing,
+    because the same requests in another order give other tokens, and a resumed run must repeat itself.
+
+    Returns a list of (prompt_index, Prompt) for each engine.
+    """
+    from packing import snake
+
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+    hands = [[] for _ in range(num_engines)]
+    for place, prompt_index in enumerate(longest_first):
+        hands[snake(place, num_engines)].append((prompt_index, prompts[prompt_index]))
+    return hands
 
 
-class Stopped(Exception):
-    """A signal asked the run to end; the networks are those of the last finished step."""
-
-
-def worker_env(cfg, on_gpu):
-    """Environment of a Worker's process, from its first instruction: what the libraries read when they are imported."""
-    # vLLM's engine in this process; nothing reported to anyone; the driver has fetched what there is to fetch
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+def worker_environment(cfg, on_gpu):
+    """Environment variables of a Worker's process, from its start: libraries read them when they are imported."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's engine runs in the Worker's own process.
+        "VLLM_NO_USAGE_STATS": "1",  # Nothing is reported to anyone.
+        "HF_HUB_OFFLINE": "1",  # The driver has fetched what there is to fetch.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     if on_gpu:
-        # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
-        return env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    # Threads not bound to cores, else two Workers would share the same ones.
-    env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return env | {"OMP_NUM_THREADS": str(os.cpu_count() // cfg.workers or 1)}
+        # Ray would show a Worker only its own GPU, but vLLM's peer checks ask about its neighbours.
+        environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    else:
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        # Threads that are not bound to cores: else two Workers would share the same ones.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // cfg.workers))
+    return environment
+
+
+def remove_leftover_segments():
+    """Remove the shared memory of vLLM engines that were killed, because the next engine would fail to create its own.
+    A segment that a living process has mapped is in use and stays."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped.update(re.findall(r"/dev/shm/\S*cpushm\S*", maps.read_text()))
+        except OSError:
+            continue  # The process has ended, or is another user's.
+    for segment in Path("/dev/shm").glob("*cpushm*"):
+        if str(segment) not in mapped:
+            segment.unlink(missing_ok=True)

@@ -144,7 +144,7 @@ def train(name, repeats, checkpointing):
             np.zeros(response, np.float32),
             "",
             "length",
-            float(question % 2),
+            reward=float(question % 2),
         )
         for question in range(2 * packs)
     ]

@@ -123,7 +123,9 @@ def batch_like_orz(rng, lengths):
         prompt = prompts[i // 64]
         response = rng.integers(0, VOCABULARY, length, np.int32)
         logprobs = np.zeros(length, np.float32)
-        return packing.Sample(i // 64, prompt, response, logprobs, "", "stop", float(rng.random() < 0.5))
+        return packing.Sample(
+            i // 64, prompt, response, logprobs, "", "stop", reward=float(rng.random() < 0.5)
+        )
 
     batch = packing.Batch([sample(i, length) for i, length in enumerate(lengths)])
     batch.values = rng.random(len(batch.logprobs), np.float32)
@@ -233,7 +235,7 @@ def looped_pack(batch, indices):
     prompts = {}  # question → places of its prompt
     for i in indices:
         begin, prompt_len = int(batch.token_starts[i]), int(batch.prompt_lens[i])
-        places = list(prompts.get(batch.questions[i], ()))
+        places = list(prompts.get(batch.prompt_indices[i], ()))
         for k in range(int(batch.lengths[i])):
             if k >= len(places):
                 places.append(len(pack["input_ids"]))
@@ -246,7 +248,7 @@ def looped_pack(batch, indices):
                 pack["targets"].append(int(batch.tokens[begin + k]))
                 pack["where"].append(where)
                 pack["values"].append(float(batch.values[where]))
-        prompts[batch.questions[i]] = places[:prompt_len]
+        prompts[batch.prompt_indices[i]] = places[:prompt_len]
         bounds["cu_seqlens_q"].append(len(pack["input_ids"]))
         bounds["cu_seqlens_k"].append(len(pack["keys"]))
     tensors = {name: torch.tensor(values) for name, values in pack.items()}

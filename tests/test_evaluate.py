@@ -16,7 +16,8 @@ def sample(answer, reward, reason="stop", length=2, graded="by_number"):
     text = f"<think></think> <answer> \\boxed{{{answer}}} </answer>" if answer else "I give up"
     ids = np.zeros(length, np.int32)
     line = f'"{answer}"\n'
-    return Sample(0, ids, ids, np.zeros(length, np.float32), text, reason, reward, graded, {}, line)
+    logprobs = np.zeros(length, np.float32)
+    return Sample(0, ids, ids, logprobs, text, reason, reward > 0, float(reward), graded, {}, line)
 
 
 class Log:
@@ -39,11 +40,11 @@ def evaluate(groups_by_set, k):
         prompts[name] = [Prompt(None, Question(f"{name} {i}", "42")) for i in range(len(groups))]
         answers[f"{name} 0"] = [sample for group in groups for sample in group]
 
-    def generate(phase, asked, num_samples, step):
-        assert (phase, num_samples, step) == ("eval", k, 7)
+    def answer(asked, num_samples, step):
+        assert (num_samples, step) == (k, 7)
         return answers[asked[0].question.question]
 
-    log, workers = Log(), SimpleNamespace(generate=generate)
+    log, workers = Log(), SimpleNamespace(evaluate=answer)
     cfg, tasks = SimpleNamespace(eval_samples=k), SimpleNamespace(eval=prompts)
     return launch.evaluate(cfg, workers, tasks, log, step=7), log
 

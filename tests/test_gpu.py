@@ -71,18 +71,19 @@ def turns(path, device="cuda"):
     batch = packing.Batch(samples)
     batch.advantages = rng.standard_normal(160).astype(np.float32)
     for how in ("never moves", "stays", "waits"):
-        ppo.Learner.stays = False
         learner = ppo.Learner(
             "policy", ranks.settings(drift_limit=-1.0), path, torch.device(device), torch.bfloat16
         )
-        ppo.Learner.stays = how == "stays"
         learner.onload()
         metrics = []
         for _ in range(3):
-            metrics.append(learner.update(batch, [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]))
+            metrics.append(learner.update(batch, [[[[0, 1, 2, 3], [4, 5, 6, 7]]]], step=1))
             if how != "never moves":
-                learner.offload(keep_weights=True)
-                learner.offload()
+                if how == "stays":
+                    learner.free_gathered()
+                else:
+                    learner.offload(keep_weights=True)
+                    learner.offload()
                 places = {tensor.device.type for _, tensor in learner.optimizer_state() if tensor.dim()}
                 places |= {p.ds_tensor.device.type for p in learner.network.parameters()}
                 learner.onload()
@@ -120,7 +121,7 @@ def engine(path, device="cuda"):
     result["asleep"] = held() - before
     learner.onload()
     result["before"] = test_rollout.drift(learner, sampled)
-    learner.lr = learner.final_lr = 0.02
+    learner.cfg.policy_lr = 0.02
     test_rollout.train(learner, sampled, check=False)
 
     def wake(weights):

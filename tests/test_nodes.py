@@ -255,7 +255,7 @@ def test_a_firewall_between_the_workers(both, tmp_path):
         program = ("-c", FIXED_PORT)
         process = start(both[0], tmp_path, "--phase_timeout=15", "--max_restarts=0", program=program)
         late = [f" at {host.address}" for host in both]  # rank 0 may be on either
-        check_end(both, process, 75, "TimeoutError", "setup", "phase_timeout=15", "rank 0 at", *late)
+        check_end(both, process, 75, "PhaseTimeout", "setup", "phase_timeout=15", "rank 0 at", *late)
     finally:
         for host in both:
             ip("-n", host.name, "rule", "del", "pref", "1")

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import launch
 import packing
 import ppo
 
@@ -74,7 +73,9 @@ def make_batch(response_lens, rewards=None, prompt_len=3, questions=None):
         prompt = prompts.setdefault(question, ids[:prompt_len])
         reward = float(rewards[i]) if rewards is not None else 0.0
         logprobs = -ids[prompt_len:].astype(np.float32)
-        samples.append(packing.Sample(question, prompt, ids[prompt_len:], logprobs, "", "stop", reward))
+        samples.append(
+            packing.Sample(question, prompt, ids[prompt_len:], logprobs, "", "stop", reward > 0, reward)
+        )
     return packing.Batch(samples)
 
 
@@ -275,7 +276,7 @@ def test_pack_contents(response_lens, prompt_len, data):
     assert pack["cu_seqlens_q"].dtype == pack["cu_seqlens_k"].dtype == torch.int32
     prompts = {questions[i] for i in indices}
     assert len(pack["input_ids"]) == prompt_len * len(prompts) + sum(response_lens[i] for i in indices)
-    ids, keys = pack["input_ids"].numpy(), pack["keys"].numpy()
+    ids, keys = pack["input_ids"].numpy(), pack["key_index"].numpy()
     bounds = [pack["cu_seqlens_" + side].tolist() for side in "qk"]
     positions, targets, where = [], [], []
     for n, i in enumerate(indices):
@@ -293,8 +294,8 @@ def test_pack_contents(response_lens, prompt_len, data):
         targets += response
         where += [token - prompt_len * (i + 1) for token in response]
     # In make_batch token ids and log-probs both name the token's place, so each can be checked on its own.
-    assert pack["positions"].tolist() == positions and pack["targets"].tolist() == targets
-    assert (-pack["logprobs"]).tolist() == targets and pack["where"].tolist() == where
+    assert pack["state_index"].tolist() == positions and pack["targets"].tolist() == targets
+    assert (-pack["logprobs"]).tolist() == targets and pack["token_index"].tolist() == where
     assert pack["max_seqlen"] == max(batch.lengths[i] for i in indices)
 
 
@@ -302,7 +303,7 @@ def test_empty_pack_predicts_nothing():
     """A rank without work must still run the network: tokens to read, none to predict."""
     pack = packing.make_pack(make_batch([2, 3]), [], "cpu", ["logprobs"])
     assert len(pack["input_ids"]) == 3 and pack["cu_seqlens_q"].tolist() == [0, 3]
-    assert len(pack["positions"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
+    assert len(pack["state_index"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
 
 
 def test_batch_finds_each_response():
@@ -325,7 +326,7 @@ def test_bundles(response_lens, capacity, data):
     """A sample lost; one that shares another question's prompt; a bundle so large that no pack is even."""
     batch, questions, order = draw_batch(data, response_lens, 5)
     part = order[: len(order) // 2 + 1]
-    bundles, sizes = packing.bundle(batch, np.array(part), capacity)
+    bundles, sizes = packing.bundle(batch, part, capacity)
     assert sorted(i for samples in bundles for i in samples) == sorted(part)
     for samples, size in zip(bundles, sizes, strict=True):
         assert len({questions[i] for i in samples}) == 1
@@ -342,16 +343,18 @@ def test_packing_of_shared_prompts(ranks):
     """What sharing saves must not be lost again by waiting for the slowest rank."""
     lengths, rng = orz_lengths(0), np.random.default_rng(0)
     prompt_lens = rng.integers(60, 400, 128).repeat(64)
-    batch = SimpleNamespace(questions=np.arange(128).repeat(64), prompt_lens=prompt_lens)
+    batch = SimpleNamespace(prompt_indices=np.arange(128).repeat(64), prompt_lens=prompt_lens)
     batch.lengths = np.maximum(lengths, prompt_lens + 1)
     batch.response_lens = batch.lengths - prompt_lens
-    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=ranks, seed=1)
-    (plan,) = launch.split_plans(cfg, batch, 1, 1, "policy", HIDDEN)
+    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=ranks)
+    (plan,) = packing.plan_updates(batch, 1, np.random.default_rng(1), cfg, HIDDEN)
     assert sorted(i for packs in plan for indices in packs for i in indices) == list(range(8192))
 
     def shared_work(indices):
         """In units of a token, as `work`; the queries of a prompt are the first of its samples' alone."""
-        later = [i for n, i in enumerate(indices) if batch.questions[i] in batch.questions[indices[:n]]]
+        later = [
+            i for n, i in enumerate(indices) if batch.prompt_indices[i] in batch.prompt_indices[indices[:n]]
+        ]
         return work(batch.lengths[indices]).sum() - work(prompt_lens[later]).sum()
 
     per_rank = np.array([sum(map(shared_work, packs)) for packs in plan])

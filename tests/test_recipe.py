@@ -263,13 +263,13 @@ def write_step(run, step, results, choices=None):
     ids = np.array([1, 2], np.int32)
     prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]
     samples = [
-        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", float(k < solved))
+        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", k < solved, float(k < solved))
         for i, (attempts, solved) in enumerate(results.values())
         for k in range(attempts)
     ]
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
-        sample.line = sample_line(sample, prompts[sample.question].question)
+        sample.line = sample_line(sample, prompts[sample.prompt_index].question)
     Log.lines(SimpleNamespace(dir=run), f"step_{step}", (sample.line for sample in samples))
 
 

@@ -131,23 +131,23 @@ def disturb(victim):
         return psutil.Process().send_signal(signal.Signals[victim])
     (rng.choice(found) if found else psutil.Process()).kill()
 
-class Disturbed(launch.Workers):
+class Disturbed(launch.WorkerGroup):
     def start(self, step=None):
         global last
         last = float("inf")
         super().start(step)
         last = self.step
 
-    def call(self, phase, method, *args, per_rank=None):
+    def wait(self, phase, refs, interruptible=False):
         global last
         if todo and phase == todo[0][0] and self.step > last:  # a second death at the same step ends a run
             last, (_, victim) = self.step, todo.pop(0)
             with open(todo_file, "w") as file:
                 json.dump(todo, file)
             threading.Timer(rng.uniform(0, 0.15), disturb, [victim]).start()
-        return super().call(phase, method, *args, per_rank=per_rank)
+        return super().wait(phase, refs, interruptible)
 
-launch.Workers = Disturbed
+launch.WorkerGroup = Disturbed
 sys.exit(launch.main(sys.argv[2:]))
 """
 
@@ -226,7 +226,7 @@ def test_a_hung_worker(tmp_path, undisturbed):
     wait_for_step(process, tmp_path / "a", 2)
     workers_of(process)[0].suspend()
     code, out, err = finish(process, deadline=3 * DEADLINE)
-    assert code == 0 and "error: TimeoutError" in out and "phase_timeout=100 s on rank" in out, out + err
+    assert code == 0 and "error: PhaseTimeout" in out and "phase_timeout=100 s on rank" in out, out + err
     assert out.count("\nrestart ") == 1 and not left_behind(process, tmp_path)
     check_same(tmp_path / "a", undisturbed)
 

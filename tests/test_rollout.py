@@ -30,10 +30,17 @@ def sample(engine, seed, temperature=1.0):
     """One response to each prompt, in their order, and the hash of their ids."""
     samples = [None] * len(PROMPTS)
 
-    for index, *response in engine.generate(PROMPTS, seed, temperature, 1.0):
+    for response in engine.generate(PROMPTS, seed, temperature, 1.0):
+        index = response.index
         assert samples[index] is None, "finished twice"
         samples[index] = packing.Sample(
-            index, np.array(PROMPTS[index], np.int32), *response, float(index % 2)
+            prompt_index=index,
+            prompt_ids=np.array(PROMPTS[index], np.int32),
+            response_ids=response.token_ids,
+            logprobs=response.logprobs,
+            text=response.text,
+            finish_reason=response.finish_reason,
+            reward=float(index % 2),
         )
     ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples))
     return samples, ids_hash
@@ -46,7 +53,7 @@ def train(learner, samples, check=True):
     learner.drift_limit = abs(learner.drift_limit) * (1 if check else -1)
     plan = packing.pack(batch.lengths, 256, torch.distributed.get_world_size(), 128)
     try:
-        learner.update(batch, [plan])
+        learner.update(batch, [plan], step=1)
     finally:
         learner.engine.optimizer.zero_grad()
 
@@ -108,17 +115,17 @@ def stale_sync(learner, engine):
     """A sync that takes all weights and keeps the old ones; what the next update says to it."""
     engine.load_weights(learner.weights())
     train(learner, sample(engine, 8)[0])
-    learner.lr = learner.final_lr = 0.02
+    learner.cfg.policy_lr = 0.02
     for seed in (9, 10):
         engine.load_weights(learner.weights())
         train(learner, sample(engine, seed)[0])  # with every sync in place nothing is refused
     for _ in learner.weights():
         pass
-    stale, before = sample(engine, 11)[0], learner.updates
+    stale, before = sample(engine, 11)[0], learner.engine.global_steps
     try:
         train(learner, stale)
     except ppo.DriftError as error:
-        return str(error), learner.updates == before
+        return str(error), learner.engine.global_steps == before
     return None, False
 
 

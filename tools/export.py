@@ -17,7 +17,7 @@ from configs.load import UserError  # noqa: E402
 from data.load import chat_template  # noqa: E402
 from launch import start_ray  # noqa: E402
 from log import Log  # noqa: E402
-from workers import Workers, checkpoints, trained  # noqa: E402
+from workers import StopRequest, WorkerGroup, checkpoints, learned_networks  # noqa: E402
 
 
 def export(folder, step):
@@ -34,10 +34,11 @@ def export(folder, step):
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     log = Log(cfg)  # holds the lock of the run
-    workers = Workers(cfg, log, on_gpu=start_ray())
+    workers = WorkerGroup(cfg, log, start_ray(), StopRequest())
+    workers.place()
     workers.start(step)
     workers.export(tokenizer, suffix=f"_step_{step}")
-    log.say(f"networks in {' and '.join(f'{folder}/{kind}_step_{step}' for kind in trained(cfg))}")
+    log.say(f"networks in {' and '.join(f'{folder}/{kind}_step_{step}' for kind in learned_networks(cfg))}")
 
 
 def main(argv):
