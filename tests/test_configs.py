@@ -285,6 +285,9 @@ def test_small_homes_import_nothing_heavy():
     """A test of a formula, or --help, waits ten seconds for torch and vLLM."""
     out, _ = python("import configs.load, data.load, log")
     assert json.loads(out[-1]) == []
+    # The driver plans before a run: with torch it would make a CUDA context, which takes memory from a Worker.
+    out, _ = python("from tools import plan; plan.report(plan.load(['configs/orz_7b.py']), 80.0)")
+    assert json.loads(out[-1]) == []
 
 
 def test_bad_settings_end_in_one_line_before_torch(tmp_path):
