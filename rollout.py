@@ -50,6 +50,8 @@ class Rollout:
             tensor_parallel_size=cfg.tensor_parallel,
             distributed_executor_backend="external_launcher",
             max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
+            max_num_seqs=cfg.max_num_seqs,
+            max_num_batched_tokens=cfg.max_num_batched_tokens,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
             kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # on a GPU, what that share leaves
             enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:

@@ -277,8 +277,7 @@ def write_random_model(name, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    fields = [*plan.FIELDS.split(), "tie_word_embeddings"]
-    config = Qwen2Config(**dict(zip(fields, SHAPES[name])), max_position_embeddings=32_768)
+    config = Qwen2Config(**dict(zip(plan.FIELDS, SHAPES[name])), max_position_embeddings=32_768)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

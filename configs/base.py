@@ -2,7 +2,8 @@
 
 A config file holds only what differs from this; `--key=value` on the command line comes last. The brackets hold
 plain Python with x for the value; configs/load.py evaluates them, so what is written here is what is enforced.
-`python launch.py --help` prints this file.
+Rules that bind two settings to each other are code there (check_combinations). `python launch.py --help` prints
+this file.
 """
 
 from pathlib import Path
@@ -14,23 +15,23 @@ model = ""  # Hugging Face folder or hub name of the base model (ORZ: Qwen2.5 ba
 critic_model = ""  # the critic's backbone, or a saved critic; "" = start from `model`, as ORZ does
 trust_remote_code = False  # run the Python code that comes with a model; else such a model is refused
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
-train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice [len(x) > 0 or eval_only]
-eval_data = []  # held-out files, no two of one name; none = no evaluation [len({p.split("/").pop().rsplit(".", 1).pop(0) for p in x} - {"overall"}) == len(x)]
+train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice
+eval_data = []  # held-out files, no two of one name; none = no evaluation
 
 # ---- The run -----------------------------------------------------------------------------------------------
 out_dir = "runs"  # every run gets a folder in it [x != ""]
 name = ""  # of that folder; "" = the config file's name ["/" not in x and x not in (".", "..")]
 seed = 1  # everything random derives from it and the step number [0 <= x < 2**32]
-steps = 1000  # training steps; one step = one batch of questions [x > 0 or x == 0 and eval_only]
+steps = 1000  # training steps, each on one batch of questions; 0 only with eval_only [x >= 0]
 debug = False  # shrink the run to minutes on whatever is there: configs/debug.py comes after the config
 dry_run = False  # print the settings and the derived numbers, and stop
-eval_only = False  # measure `model` as training does, train nothing: configs/eval_only.py comes after the config [x == (steps == 0) and len(eval_data) >= x]
+eval_only = False  # measure `model` and train nothing: configs/eval_only.py comes after the config
 
 # ---- Machines ----------------------------------------------------------------------------------------------
 tensor_parallel = 1  # ranks per vLLM engine [x > 0]
-workers = 1  # ranks, one per GPU (or CPU process): whole engines [x > 0 and x % tensor_parallel == 0]
+workers = 1  # ranks, one per GPU (or CPU process): a multiple of tensor_parallel [x > 0]
 dtype = "auto"  # bfloat16 on a GPU, float32 on a CPU; master weights are fp32 [x in ("auto", "bfloat16", "float32")]
-gpu_memory = 0.0  # GiB of each GPU, for tools/plan.py; 0 = as the first one here; none here: 80 [x >= 0]
+gpu_memory = 0.0  # GiB of each GPU, for the check that a run fits; 0 = what the GPU reports, or 80 [x >= 0]
 gpu_memory_utilization = 0.7  # share of a GPU's memory that vLLM may fill while it is awake; if the rest holds all that learns, it stays there, else it waits in CPU memory [0 < x <= 1]
 gradient_checkpointing = True  # compute activations again in the backward pass (ORZ: at every size)
 phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the longest so far, at least 600; at first 7,200 [x >= 0]
@@ -42,27 +43,29 @@ max_prompt_tokens = 2048  # longer questions are dropped, counted and reported (
 max_response_tokens = 8000  # a response cut off here gets reward 0 (ORZ) [x > 0]
 temperature = 1.0  # of sampling; the learner uses it too (ORZ) [0.01 <= x <= 100]
 top_p = 1.0  # nucleus; below 1 vLLM and policy differ by design: needs drift_limit=-1 (ORZ: 1) [0 < x <= 1]
+max_num_seqs = 1024  # responses that an engine samples at a time (vLLM on an H100; A100: 256) [x > 0]
+max_num_batched_tokens = 16384  # in one forward pass of an engine (vLLM on an H100; A100: 8192) [x > 0]
 stop = ["User:", "Human:", "Assistant:", "</answer>"]  # end a response and stay in it (ORZ) [all(x)]
 
 # ---- PPO ---------------------------------------------------------------------------------------------------
-max_tokens_per_pack = 16384  # whole sequences laid end to end [x >= max_prompt_tokens + max_response_tokens]
+max_tokens_per_pack = 16384  # whole sequences laid end to end; the longest one must fit [x > 0]
 policy_lr = 1e-6  # AdamW, no weight decay (ORZ) [0 <= x < 1]
 critic_lr = 5e-6  # (ORZ) [0 <= x < 1]
 policy_lr_final = 3e-7  # where its rate ends if lr_decay_steps is set (ORZ-32B's second stage) [0 <= x < 1]
 lr_decay_steps = 0  # policy updates until then, linearly; 0 = constant (ORZ) [x >= 0]
 adam_betas = [0.9, 0.95]  # decay of Adam's two averages (ORZ) [len(x) == 2 and 0 <= min(x) <= max(x) < 1]
 warmup_steps = 50  # of each learner's updates; number n uses n / warmup_steps of the rate (ORZ) [x >= 0]
-advantage = "gae"  # with a critic; or "group": GRPO, without one [x == "gae" or x == "group" and samples_per_prompt > 1]
-policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [0 < x <= prompts_per_step * samples_per_prompt]
-critic_updates_per_step = 12  # on a twelfth each (ORZ) [0 < x and (x <= prompts_per_step * samples_per_prompt or advantage == "group")]
+advantage = "gae"  # with a critic; or "group": GRPO, without one [x in ("gae", "group")]
+policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [x > 0]
+critic_updates_per_step = 12  # on a twelfth of the responses each (ORZ) [x > 0]
 clip_eps = 0.2  # PPO's ε, for both sides of the ratio (ORZ) [0 < x < 1]
 value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
 gamma = 1.0  # discount per token (ORZ) [0 <= x <= 1]
 lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
-kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0 and (x == 0 or advantage == "gae")]
+kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
 on_nonfinite = "stop"  # or "skip", where an update is not finite and left out [x in ("stop", "skip")]
-drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0 and top_p == 1]
+drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0]
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
 eval_every = 10  # steps; also before the first and after the last; -1 = off [x == -1 or x > 0]

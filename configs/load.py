@@ -16,7 +16,8 @@ from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "base.py"
-MODES = ("debug", "eval_only")  # each a file beside base.py, read after the config
+MODES = ("debug", "eval_only")  # each is a file beside base.py, which is read after the config
+PATHS = ("model", "critic_model", "train_data", "eval_data")
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 
@@ -25,7 +26,7 @@ class UserError(Exception):
 
 
 def load(argv):
-    """The settings of a run. Prints the help, which is base.py itself, and exits where it is asked for."""
+    """The settings of a run. Where it is asked for, prints the help, which is base.py itself, and exits."""
     if "--help" in argv or "-h" in argv:
         print(f"usage: python launch.py CONFIG [--key=value …]\n\n{BASE.read_text(encoding='utf-8')}")
         sys.exit(0)
@@ -33,20 +34,32 @@ def load(argv):
         raise UserError("the config file comes first: python launch.py CONFIG --key=value …, or --help")
     base = read_file(BASE)
     settings = dict(base)
-    for path in [argv[0], *(ROOT / f"configs/{mode}.py" for mode in MODES if f"--{mode}=True" in argv)]:
+    paths = [argv[0]]
+    for mode in MODES:
+        if f"--{mode}=True" in argv:
+            paths.append(ROOT / "configs" / f"{mode}.py")
+    for path in paths:
         for key, value in read_file(path).items():
             settings[key] = checked(key, value, base, path)
     for argument in argv[1:]:
-        key, equals, text = argument.removeprefix("--").partition("=")  # key=a=b splits at the first
-        if not argument.startswith("--") or not equals:
-            raise UserError(f"command line: {argument!r} is not of the form --key=value")
-        settings[key] = checked(key, parse(text, base.get(key)), base, "command line")
-    settings["name"] = settings["name"] or "_".join([Path(argv[0]).stem, *filter(settings.get, MODES)])
-    check_rules(settings)
-    for key in ("model", "critic_model", "train_data", "eval_data"):
+        key, text = split_argument(argument)
+        value = parse(text, base.get(key))
+        settings[key] = checked(key, value, base, "command line")
+    if not settings["name"]:
+        modes = [mode for mode in MODES if settings[mode]]
+        settings["name"] = "_".join([Path(argv[0]).stem, *modes])
+    check_ranges(settings)
+    for key in PATHS:
         settings[key] = find(settings[key])
-    settings["out_dir"] = os.path.abspath(settings["out_dir"])  # Workers may be started in another folder
-    return SimpleNamespace(**settings)
+    settings["out_dir"] = os.path.abspath(settings["out_dir"])  # Workers may be started in another folder.
+    cfg = SimpleNamespace(**settings)
+    check_steps_and_data(cfg)
+    check_sizes(cfg)
+    check_algorithm(cfg)
+    return cfg
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------
 
 
 def read_file(path):
@@ -55,14 +68,33 @@ def read_file(path):
         raise UserError(f"config file {str(path)!r} does not exist")
     try:
         names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # a config is a program: anything can go wrong in it
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", 1)
+    except (Exception, SystemExit) as error:  # A config is a program: anything can go wrong in it.
+        place = f"{path}:{failing_line(error, path)}"
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {reason}") from None
-    hidden = [name for name, x in names.items() if name[0] == "_" or callable(x) or isinstance(x, ModuleType)]
-    return {name: value for name, value in names.items() if name not in hidden}
+        raise UserError(f"{place}: {type(error).__name__}: {reason}") from None
+    settings = {}
+    for name, value in names.items():
+        is_code = callable(value) or isinstance(value, ModuleType)
+        if not is_code and not name.startswith("_"):
+            settings[name] = value
+    return settings
+
+
+def failing_line(error, path):
+    """The number of the last line of the file `path` that ran before the error, or that Python could not parse."""
+    line = getattr(error, "lineno", 1)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    return line
+
+
+def split_argument(argument):
+    """`--key=value` as (key, value). The value may hold more equals signs."""
+    key, equals, text = argument.partition("=")
+    if not key.startswith("--") or not equals:
+        raise UserError(f"command line: {argument!r} is not of the form --key=value")
+    return key.removeprefix("--"), text
 
 
 def parse(text, default):
@@ -70,51 +102,127 @@ def parse(text, default):
     if isinstance(default, str):
         return text
     if isinstance(default, list) and not text.startswith("["):
-        return [parse(item, default[0] if default else "") for item in text.split(",") if item]
+        example = item_example(default)
+        return [parse(item, example) for item in text.split(",") if item]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text  # of a wrong type, then
-
-
-def checked(key, value, base, place):
-    """The value, if there is such a setting and the type is its default's."""
-    if key not in base:
-        near = difflib.get_close_matches(key, base, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise UserError(f"{place}: there is no setting {key!r}; {hint}")
-    if not fits(value, base[key]):
-        comment, _ = documentation()[key]
-        raise UserError(f"{place}: {key} must be {TYPES[type(base[key])]}, not {value!r} ({comment})")
-    return value
-
-
-def fits(value, default):
-    """Whether a value has its default's type: an int is a fine float, nothing else is converted."""
-    if isinstance(default, list):
-        return isinstance(value, list) and all(fits(item, default[0] if default else "") for item in value)
-    return type(value) is type(default) or (type(value) is int and type(default) is float)
-
-
-def documentation():
-    """base.py's own words: setting → (comment, what is legal)."""
-    pattern = r"^([a-z]\w*) = .*?  # (.*?)(?: \[([^][]+)\])?$"
-    found = re.findall(pattern, BASE.read_text(encoding="utf-8"), re.MULTILINE)
-    return {key: (comment, legal) for key, comment, legal in found}
-
-
-def check_rules(settings):
-    """What no single type says: the rules in base.py's brackets, some of which bind settings to each other."""
-    for key, (comment, legal) in documentation().items():
-        if legal and not eval(legal, {"x": settings[key], **settings}):
-            rule = re.sub(r"\bx\b", key, legal)
-            others = [f", {name}={settings[name]}" for name in re.findall(r"\w+", legal) if name in settings]
-            raise UserError(f"{key}={settings[key]!r}{''.join(others)}: it must be that {rule} ({comment})")
+        return text  # A text, where none is meant: `checked` refuses it by its type.
 
 
 def find(path):
     """An absolute path, or a list of them: from here if it exists, else from the project's folder; else as it is."""
     if isinstance(path, list):
-        return list(map(find, path))
-    places = [os.path.abspath(path), str(ROOT / path)]
-    return next((place for place in places if path and os.path.exists(place)), path)
+        return [find(item) for item in path]
+    for place in (os.path.abspath(path), str(ROOT / path)):
+        if path and os.path.exists(place):
+            return place
+    return path
+
+
+# ---- Types and ranges --------------------------------------------------------------------------------------------
+
+
+def checked(key, value, base, place):
+    """The value, if there is such a setting and the value has the type of its default."""
+    if key not in base:
+        near = difflib.get_close_matches(key, base, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        raise UserError(f"{place}: there is no setting {key!r}; {hint}")
+    if not has_type_of(base[key], value):
+        comment, _ = documentation()[key]
+        expected = TYPES[type(base[key])]
+        raise UserError(f"{place}: {key} must be {expected}, not {value!r} ({comment})")
+    return value
+
+
+def has_type_of(default, value):
+    """Whether a value has its default's type. An int is a fine float; nothing else is converted."""
+    if isinstance(default, list):
+        example = item_example(default)
+        return isinstance(value, list) and all(has_type_of(example, item) for item in value)
+    if type(default) is float:
+        return type(value) in (int, float)
+    return type(value) is type(default)
+
+
+def item_example(default):
+    """An item as it may stand in a list whose default this is. Where the default is empty, items are texts."""
+    return default[0] if default else ""
+
+
+def documentation():
+    """base.py's own words: setting → (comment, the range in its brackets or an empty text)."""
+    pattern = r"^([a-z]\w*) = .*?  # (.*?)(?: \[([^][]+)\])?$"
+    found = re.findall(pattern, BASE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {key: (comment, legal) for key, comment, legal in found}
+
+
+def check_ranges(settings):
+    """Raises UserError unless every setting is in the range that base.py gives in brackets."""
+    for key, (comment, legal) in documentation().items():
+        if legal and not eval(legal, {"x": settings[key]}):
+            rule = re.sub(r"\bx\b", key, legal)
+            raise UserError(f"{key}={settings[key]!r}: it must be that {rule} ({comment})")
+
+
+# ---- Settings that bind each other -------------------------------------------------------------------------------
+
+
+def check_steps_and_data(cfg):
+    """Raises UserError where the length of the run, its data and eval_only do not go together."""
+    if cfg.eval_only and cfg.steps > 0:
+        raise UserError(f"eval_only=True, steps={cfg.steps}: eval_only trains nothing, so leave out --steps")
+    if cfg.eval_only and not cfg.eval_data:
+        raise UserError(
+            "eval_only=True, eval_data=[]: there is nothing to measure on, so name files in eval_data"
+        )
+    if not cfg.eval_only and cfg.steps == 0:
+        raise UserError("steps=0 trains nothing: it must be that steps > 0, or give --eval_only=True")
+    if not cfg.eval_only and not cfg.train_data:
+        raise UserError("train_data=[]: there is nothing to train on, so name at least one file")
+    names = ["overall"]  # The metrics have the mean over all files under this name.
+    for path in cfg.eval_data:
+        name = Path(path).stem
+        if name in names:
+            reason = "metrics go by the file's name, so no two of one name"
+            raise UserError(f"eval_data: {path} would be the second set that is called {name!r}; {reason}")
+        names.append(name)
+
+
+def check_sizes(cfg):
+    """Raises UserError where one setting is too large or too small for what another one needs."""
+    if cfg.workers % cfg.tensor_parallel:
+        values = f"workers={cfg.workers}, tensor_parallel={cfg.tensor_parallel}"
+        raise UserError(
+            f"{values}: each vLLM engine takes {cfg.tensor_parallel} workers; give a multiple of it"
+        )
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    if cfg.max_tokens_per_pack < longest:
+        lengths = f"max_prompt_tokens={cfg.max_prompt_tokens} + max_response_tokens={cfg.max_response_tokens}"
+        reason = f"a pack holds whole sequences, of up to {lengths} = {longest}; give at least that"
+        raise UserError(f"max_tokens_per_pack={cfg.max_tokens_per_pack}: {reason}")
+    if cfg.max_num_batched_tokens < cfg.max_num_seqs:
+        reason = f"each of max_num_seqs={cfg.max_num_seqs} responses adds a token to a forward pass"
+        raise UserError(f"max_num_batched_tokens={cfg.max_num_batched_tokens}: {reason}; give at least that")
+
+
+def check_algorithm(cfg):
+    """Raises UserError where PPO's settings contradict each other."""
+    responses = cfg.prompts_per_step * cfg.samples_per_prompt
+    batch = f"prompts_per_step={cfg.prompts_per_step} x samples_per_prompt={cfg.samples_per_prompt}"
+    updates = {"policy_updates_per_step": cfg.policy_updates_per_step}
+    if cfg.advantage == "gae":
+        updates["critic_updates_per_step"] = cfg.critic_updates_per_step
+    for key, count in updates.items():
+        if count > responses:
+            raise UserError(f"{key}={count}: it may be {batch} = {responses} at most, one response an update")
+    if cfg.advantage == "group" and cfg.samples_per_prompt == 1:
+        reason = "it compares the responses to a question, so it needs at least 2"
+        raise UserError(f"advantage='group', samples_per_prompt=1: {reason}")
+    if cfg.advantage == "group" and cfg.kl_coef > 0:
+        reason = "the penalty is part of the rewards per token, which only advantage='gae' uses"
+        raise UserError(f"advantage='group', kl_coef={cfg.kl_coef}: {reason}; give --kl_coef=0")
+    if cfg.top_p < 1 and cfg.drift_limit != -1:
+        reason = "vLLM samples from a cut distribution, so its log-probs differ from the policy's"
+        raise UserError(f"top_p={cfg.top_p}, drift_limit={cfg.drift_limit}: {reason}; give --drift_limit=-1")

@@ -12,3 +12,5 @@ model = "Qwen/Qwen2.5-0.5B"
 train_data = ["data/orz/orz_math_57k.json"]
 eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
 max_tokens_per_pack = 10048
+# At 0.7, a few hundred MiB would decide whether the learners' states stay on the GPU beside vLLM.
+gpu_memory_utilization = 0.65

@@ -8,35 +8,55 @@
 import json
 import os
 import re
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from configs.load import UserError
 
-# Of architectures whose logits are not hidden states times a matrix, or whose attention is not softmax(q·k) v.
+# These settings of a config.json change the logits (which model.py takes for hidden states times a matrix) or the
+# attention (which it takes for softmax(q·k) v).
 NOT_PLAIN = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
 
+# What is fetched of a model on the hub: *.j* is json, and jinja, as newer chat templates are.
+HUB_FILES = ["*.j*", "*.safetensors", "*.txt", "*.model", "*.py"]
 
-# Texts, and for multiple choice {letter: content}; a Prompt is a Question's token ids, int32.
-Question = namedtuple("Question", "question answer choices", defaults=[None])
-Prompt = namedtuple("Prompt", "ids question")
+
+class Question(NamedTuple):
+    """A question with its reference answer; choices is {letter: content} where it is multiple choice."""
+
+    question: str
+    answer: str
+    choices: dict | None = None
+
+
+class Prompt(NamedTuple):
+    """A Question as the model sees it."""
+
+    ids: np.ndarray  # token ids, int32 [length of the prompt]
+    question: Question
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------
 
 
 def load_questions(path):
-    """All questions of a file. Raises UserError naming file, place and what was expected there."""
+    """All Questions of a file. Raises UserError naming the file, the place and what was expected there."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path!r} cannot be read as UTF-8 text: {error}") from None
+    questions = []
     if text.lstrip().startswith("["):
-        items = enumerate(read_json(text, path, 1), 1)
+        for number, item in enumerate(read_json(text, path, line=1), 1):
+            questions.append(to_question(item, f"{path}, item {number}"))
     else:
-        lines = enumerate(text.split("\n"), 1)
-        items = [(number, read_json(line, path, number)) for number, line in lines if line.strip()]
-    questions = [to_question(item, f"{path}, item {place}") for place, item in items]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                item = read_json(line, path, line=number)
+                questions.append(to_question(item, f"{path}, item {number}"))
     if not questions:
         raise UserError(f"{path}: holds no questions")
     return questions
@@ -48,11 +68,12 @@ def read_json(text, path, line):
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: broken or truncated JSON: {getattr(error, 'msg', error)}") from None
+        reason = getattr(error, "msg", error)
+        raise UserError(f"{path}:{line}: broken or truncated JSON: {reason}") from None
 
 
 def to_question(item, place):
-    """One entry of a file, in whichever format, as a Question; `place` is named where it is none."""
+    """An entry of a file, in whichever format, as a Question. Raises UserError, which names `place`, if it is none."""
     match item:
         case [{"value": question}, {"ground_truth": {"value": answer}}]:
             choices = None
@@ -63,21 +84,55 @@ def to_question(item, place):
         case _:
             formats = "two messages, {prompt, final_answer} or {question, answer}, as data/load.py shows them"
             raise UserError(f"{place}: expected {formats}")
-    for name, text in (("question", question), ("answer", answer)):
-        # surrogates are halves of characters, which no tokenizer takes
-        if not isinstance(text, str) or not text.strip() or re.search(r"[\ud800-\udfff]", text):
-            raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
-    texts = isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values())
-    if choices is not None and not (texts and answer in choices):
-        raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
+    check_text("question", question, place)
+    check_text("answer", answer, place)
+    if choices is not None:
+        check_choices(choices, answer, place)
     return Question(question, answer, choices)
 
 
+def check_text(name, text, place):
+    # Surrogates are halves of characters, which no tokenizer takes.
+    if not isinstance(text, str) or not text.strip() or re.search(r"[\ud800-\udfff]", text):
+        raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
+
+
+def check_choices(choices, answer, place):
+    texts = isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values())
+    if not texts or answer not in choices:
+        raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
+
+
+def local_model(name, setting):
+    """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
+    is_hub_name = name.count("/") == 1 and name[0] not in "./"
+    if is_hub_name and not os.path.isdir(name):
+        from huggingface_hub import snapshot_download
+
+        try:
+            name = snapshot_download(name, allow_patterns=HUB_FILES)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
+    files = os.listdir(name) if os.path.isdir(name) else []
+    has_weights = any(file.endswith(".safetensors") for file in files)
+    if "config.json" not in files or not has_weights:
+        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
+    return name
+
+
+# ---- Prompts -----------------------------------------------------------------------------------------------------
+
+
 def chat_template(tokenizer, template):
-    """The prompt template as the tokenizer's own, exported with it: after its begin token where it has one, as ORZ does."""
+    """The setting prompt_template as a chat template of the tokenizer, which is exported with the trained model.
+
+    "chat" keeps the tokenizer's own. Otherwise the text comes after the begin token, where there is one, as in ORZ.
+    """
     if template == "chat":
         return tokenizer.chat_template
-    parts = ((tokenizer.bos_token or "") + template).split("{question}")
+    begin_token = tokenizer.bos_token or ""
+    parts = (begin_token + template).split("{question}")
     literals = [json.dumps(part, ensure_ascii=False) for part in parts]
     return "{{ " + " + messages[-1]['content'] + ".join(literals) + " }}"
 
@@ -88,25 +143,11 @@ def encode_prompts(questions, tokenizer, max_prompt_tokens):
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # Without special tokens: some tokenizers would begin a second time, some would end the prompt with an end token.
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prompts = [Prompt(np.array(ids, np.int32), question) for ids, question in zip(rows, questions)]
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_tokens]
-    return kept, len(prompts) - len(kept)
-
-
-def local_model(name, setting):
-    """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
-    if not os.path.isdir(name) and name.count("/") == 1 and name[0] not in "./":
-        from huggingface_hub import snapshot_download
-
-        try:  # *.j*: json, and jinja, as newer chat templates are
-            name = snapshot_download(name, allow_patterns="*.j* *.safetensors *.txt *.model *.py".split())
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
-    files = os.listdir(name) if os.path.isdir(name) else []
-    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
-    return name
+    kept = []
+    for ids, question in zip(rows, questions):
+        if len(ids) <= max_prompt_tokens:
+            kept.append(Prompt(np.array(ids, np.int32), question))
+    return kept, len(questions) - len(kept)
 
 
 def read_tasks(cfg, data, log):
@@ -118,32 +159,52 @@ def read_tasks(cfg, data, log):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
     config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code).get_text_config()
+    check_model(cfg, tokenizer, config)
+    tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
+    prompts = {}
+    for path, questions in data.items():
+        prompts[path], dropped = encode_prompts(questions, tokenizer, cfg.max_prompt_tokens)
+        limit = f"max_prompt_tokens={cfg.max_prompt_tokens}"
+        report = f"{path}: {dropped} of {len(questions)} prompts are over {limit}"
+        if not prompts[path]:
+            raise UserError(f"{report}: raise it")
+        if dropped:
+            log.say(f"{report} and are left out")
+    train = []
+    for path in cfg.train_data:
+        train += prompts[path]
+    eval_sets = {Path(path).stem: prompts[path] for path in cfg.eval_data}
+    return SimpleNamespace(train=train, eval=eval_sets, tokenizer=tokenizer, hidden_size=config.hidden_size)
+
+
+def check_model(cfg, tokenizer, config):
+    """Raises UserError where the model or its tokenizer cannot be trained here."""
     for name in NOT_PLAIN:
-        if getattr(config, name, None) not in (None, 1):
-            raise UserError(f"{cfg.model}: its {name}={getattr(config, name)} is not supported: see model.py")
+        value = getattr(config, name, None)
+        if value not in (None, 1):
+            raise UserError(f"{cfg.model}: its {name}={value} is not supported: see model.py")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{cfg.model}: {len(tokenizer)} tokens, but vocab_size={config.vocab_size}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{cfg.model}: its tokenizer names no end token (eos_token): no response could end")
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
-    tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
-    kept = {}
-    for path, questions in data.items():
-        kept[path], dropped = encode_prompts(questions, tokenizer, cfg.max_prompt_tokens)
-        report = f"{path}: {dropped} of {len(questions)} prompts are over max_prompt_tokens={cfg.max_prompt_tokens}"
-        if not kept[path]:
-            raise UserError(f"{report}: raise it")
-        if dropped:
-            log.say(f"{report} and are left out")
-    train = [prompt for path in cfg.train_data for prompt in kept[path]]
-    sets = {Path(path).stem: kept[path] for path in cfg.eval_data}
-    return SimpleNamespace(train=train, eval=sets, tokenizer=tokenizer, hidden_size=config.hidden_size)
+
+
+# ---- Order -------------------------------------------------------------------------------------------------------
 
 
 def step_questions(num_questions, prompts_per_step, seed, step):
-    """Which questions step 0, 1, 2, … uses: each epoch is a permutation of its own, and steps run on through them."""
-    start = step * prompts_per_step
-    epochs = range(start // num_questions, (start + prompts_per_step - 1) // num_questions + 1)
-    orders = [np.random.default_rng([seed, epoch]).permutation(num_questions) for epoch in epochs]
-    return np.concatenate(orders)[start % num_questions :][:prompts_per_step]
+    """Which questions step 0, 1, 2, … uses, as indices.
+
+    Each epoch is a permutation of its own, from (seed, epoch). The epochs stand end to end, and steps take
+    prompts_per_step from one place to the next, so that a step may lie in several epochs.
+    """
+    first = step * prompts_per_step
+    last = first + prompts_per_step - 1
+    orders = []
+    for epoch in range(first // num_questions, last // num_questions + 1):
+        rng = np.random.default_rng([seed, epoch])
+        orders.append(rng.permutation(num_questions))
+    start = first % num_questions
+    return np.concatenate(orders)[start : start + prompts_per_step]

@@ -4,11 +4,11 @@
     python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
 
 Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
-Run, by tests/test_recipe.py, is everything but that: the same files, smaller, from a server on this machine.
+tests/test_recipe.py runs everything else: it fetches smaller files of the same form from a server on this machine.
 
 A set is fetched into memory, written beside its place, read by data/load.py (which refuses what is broken or cut
-short), counted, and renamed: what is there is whole, and what fails leaves nothing behind. A set that is there already
-is counted again and otherwise left alone.
+short), counted, and renamed. So a set that is there is whole, and a failure leaves nothing behind. A set that is there
+already is counted again and otherwise left alone.
 """
 
 import http.client
@@ -41,33 +41,46 @@ def orz():
 
 
 def fetch(url, path, least, most):
-    """The questions at `url` into the file `path`, if there are least to most of them; says so. Raises UserError."""
+    """Fetch the file `path` from `url`, unless it is there, and say how many questions it holds.
+
+    Raises UserError where it cannot be fetched or written, is broken, or does not hold least to most questions.
+    """
     if path.exists():
         count = counted(path, path, least, most)
     else:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                content = answer.read()
-        # No connection, no such file, an answer that breaks off, a time limit.
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
-        part, is_new = path.with_suffix(".part"), not path.parent.exists()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            count = counted(part, url, least, most)
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
-            if is_new and path.parent.is_dir() and not any(path.parent.iterdir()):
-                path.parent.rmdir()
+        count = write_counted(download(url), path, url, least, most)
     print(f"{path}: {count:,} questions, {path.stat().st_size:,} bytes", flush=True)
 
 
+def download(url):
+    """The bytes at `url`. UserError where there is no connection, no such file, or the answer breaks off or is late."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
+
+
+def write_counted(content, path, url, least, most):
+    """Write the file `path` atomically, if it holds least to most questions; returns how many."""
+    part = path.with_suffix(".part")
+    is_new = not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        count = counted(part, url, least, most)
+        os.replace(part, path)
+        return count
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+        if is_new and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
 def counted(file, place, least, most):
-    """The number of questions in the file. UserError, which names `place`, where it is broken or not whole."""
+    """The number of questions in the file. Raises UserError, which names `place`, where it is broken or not whole."""
     try:
         count = len(load_questions(str(file)))
     except UserError as error:

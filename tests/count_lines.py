@@ -20,7 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 ALGORITHM = ["launch.py", "ppo.py", "rollout.py", "reward.py", "model.py"]
-MACHINERY = ["workers.py", "packing.py", "log.py", "configs/base.py", "configs/load.py", "data/load.py"]
+MACHINERY = [
+    "workers.py",
+    "packing.py",
+    "log.py",
+    "configs/base.py",
+    "configs/load.py",
+    "data/load.py",
+    "tools/plan.py",
+]
 
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 # From Python 3.12 on an f-string is a sequence of tokens between these two; before, it is one STRING.

@@ -21,11 +21,15 @@ from workers import StopRequest, WorkerGroup, checkpoints, learned_networks  # n
 
 
 def export(folder, step):
-    """Raises UserError where there is no such run or checkpoint, or where the run is at work."""
-    if not (folder / "config.json").exists():
+    """Write the networks of a checkpoint as Hugging Face folders into the run's folder.
+
+    Raises UserError where there is no such run or checkpoint, or where the run is at work.
+    """
+    config = folder / "config.json"
+    if not config.exists():
         raise UserError(f"{folder} is no run: it has no config.json")
-    cfg = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
-    cfg.out_dir, cfg.name = str(folder.parent), folder.name  # it may have moved
+    cfg = SimpleNamespace(**json.loads(config.read_text()))
+    cfg.out_dir, cfg.name = str(folder.parent), folder.name  # The folder may have moved since the run.
     saved = checkpoints(cfg)
     if step not in saved:
         raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
@@ -33,12 +37,13 @@ def export(folder, step):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
-    log = Log(cfg)  # holds the lock of the run
+    log = Log(cfg)  # takes the lock of the run
     workers = WorkerGroup(cfg, log, start_ray(), StopRequest())
     workers.place()
     workers.start(step)
     workers.export(tokenizer, suffix=f"_step_{step}")
-    log.say(f"networks in {' and '.join(f'{folder}/{kind}_step_{step}' for kind in learned_networks(cfg))}")
+    folders = [f"{folder}/{kind}_step_{step}" for kind in learned_networks(cfg)]
+    log.say(f"networks in {' and '.join(folders)}")
 
 
 def main(argv):

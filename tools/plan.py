@@ -1,21 +1,24 @@
 """What each GPU will hold in each phase of a step, and whether it fits, with the arithmetic of every line.
 
-    python tools/plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]      exit code 2: does not fit; 3: cannot tell
+    python tools/plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]    exit code 2: does not fit; 3: cannot tell
 
 In:   the settings, and the model's shape: config.json of a folder, or the table of the models of configs/.
 Out:  phases → {what, with its arithmetic: GiB of one GPU}.
 UNVERIFIED: written from the sources, without a GPU; no number here has been compared with a measured peak.
 
-vLLM, critic and policy work by turns. Where vLLM's share of a GPU leaves room for the networks that learn (`stays`, as in
-launch.py), they stay there; else who is not at work waits in CPU memory. What the critic's forward pass needs is less
-than what its updates need, and is not listed.
+vLLM, critic and policy work by turns. Where vLLM's share of a GPU leaves room for the networks that learn, they stay
+there (fits_beside_vllm in workers.py decides); else those that are not at work wait in CPU memory. The critic's forward
+pass needs less than its updates do, and is not listed. An estimate that rests on experience alone is marked as a guess.
 
-Shapes: H hidden, L layers, A attention heads, K key-value heads, D size of a head, F feed-forward, V vocabulary.
+launch.py calls check_fits before a run, and describe for --dry_run. Nothing here asks torch for the GPU: that would make
+a CUDA context in the driver, which takes memory from the Worker on the same GPU.
 """
 
 import json
-import re
+import math
+import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,155 +26,300 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
 
 from configs.load import UserError, load  # noqa: E402
+from workers import fits_beside_vllm  # noqa: E402
 
-SHAPES = {  # H, L, A, K, F, V, whether the head is tied to the embedding; from config.json of each on the hub
+GIB = 2**30
+
+# The fields of a config.json that make a dense network's shape.
+FIELDS = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+]
+SHAPES = {  # model → the values of FIELDS, from its config.json on the hub
     "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "Qwen/Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
     "Qwen/Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
     "Qwen/Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": (5120, 48, 40, 8, 13824, 152064, False),
 }
-FIELDS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
 
-# What one GPU holds, in bytes: formulas of settings, shapes, and the few numbers that plan() adds. An estimate that
-# rests on nothing but experience is marked as a guess. n is the network's parameters, params the policy's.
-OTHER = {
-    "CUDA, NCCL, sleeping vLLM, fragmentation (a guess)": "4 * 2**30",
-    "the reference model, which stays there": "(kl_coef > 0) * size * params / workers",
-    "its weights that are kept whole (KEPT_WHOLE)": "(kl_coef > 0) * (workers > 1) * size * min(params, 5 * 10**8)",
-}
-GENERATE = OTHER | {
-    "vLLM's weights": "size * params / tensor_parallel",
-    "vLLM's activations and CUDA graphs (a guess)": "2**29 + 8192 * size * (4 * H + 3 * F) + 1024 * 12 * V",
-    "KV cache: sequences, tokens, bytes": "sequences * (max_prompt_tokens + max_response_tokens) * token_bytes",
-    "beside vLLM's share: for what stays, or nobody": "max(0, (1 - gpu_memory_utilization) * gpu_memory - 4) * 2**30",
-}
-LEARNER = {
-    "weights": "size * n / workers",
-    "fp32 weights and Adam's two averages": "12 * n / workers",
-    "fp32 gradients": "4 * n / workers",
-    "weights gathered at once, and kept whole": "(workers > 1) * size * min(n, max(10**9, 5 * 10**8 + V * H))",
-    "gradients reduced at once, and in fp32": "size * 2 * 10**7 + 4 * max(2 * 10**7, V * H)",
-    "activations of a layer": "max(1, (1 - gradient_checkpointing) * L)"
-    " * size * max_tokens_per_pack * (16 * H + 4 * K * D + 5 * F)",
-    "inputs of all layers": "gradient_checkpointing * size * max_tokens_per_pack * L * H",
-    "the other network, which stays": "stays * (size + 16) * (learn - n) / workers",
-}
-HEAD = {
-    "logits, four copies in fp32 (MAX_LOGITS)": "4 * 4 * min(2**28, max_tokens_per_pack * V)",
-    "gradient of the head, in 16 bits and fp32": "(2 + 4) * V * H",
-}
-SYNC = {
-    "vLLM's weights": "size * params / tensor_parallel",
-    "policy's weights": "size * params / workers",
-    "all else that stays": "stays * ((size + 16) * learn - size * params) / workers",
-    "gathered at once: 16 tensors": "size * (V * H + 1.5 * (2 * H * (A + K) * D + 3 * H * F))",
-}
+# Numbers of the code, repeated here because torch is not imported; tests/test_plan.py compares them.
+KEPT_WHOLE = 5 * 10**8  # parameters that each rank keeps whole between packs (ppo.py)
+REDUCED_AT_ONCE = 2 * 10**7  # elements of gradients in one reduction (ppo.py)
+MAX_LOGITS = 2**28  # elements of the logits of one chunk (model.py)
+MAX_LIVE_PARAMETERS = 10**9  # parameters that DeepSpeed gathers at once, by default
+
+
+@dataclass
+class Shape:
+    """The shape of a dense network, and its number of parameters."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    vocabulary: int
+    head_params: int  # of the output head; 0 where it is tied to the embedding
+    params: int
+
+    @property
+    def embedding_params(self):
+        return self.vocabulary * self.hidden
+
+    @property
+    def matrix_params(self):
+        """Parameters of the seven matrices of a layer: query, key, value, output, and three of the feed-forward part."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.hidden * self.feed_forward
 
 
 def read_shape(model):
-    """The shape of a model and its number of parameters, from its folder or from the table; None where unknown."""
-    names, file = [*FIELDS.split(), "tie_word_embeddings"], Path(model) / "config.json"
-    config = {"tie_word_embeddings": False, "model_type": "qwen2"} | dict(zip(names, SHAPES.get(model, ())))
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    config |= found if isinstance(found, dict) else {}
-    numbers = all(isinstance(config.get(name), int) for name in names)
-    if not numbers or any("expert" in key for key in config):
+    """The Shape of a model, from the config.json of its folder or from the table; None where neither tells it."""
+    file = Path(model) / "config.json"
+    config = {"tie_word_embeddings": False, "model_type": "qwen2"}
+    if file.is_file():
+        try:
+            config |= json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            raise UserError(f"{file} is no JSON object") from None
+    elif model in SHAPES:
+        config |= zip(FIELDS, SHAPES[model])
+    known = all(isinstance(config.get(name), int) for name in FIELDS)
+    mixture_of_experts = any("expert" in key for key in config)
+    if not known or mixture_of_experts:
         return None
-    H, L, A, K, F, V, tied = (config[name] for name in names)
-    D = config.get("head_dim") or H // A
-    bias = (A + 2 * K) * D if config["model_type"] == "qwen2" else 0  # of queries, keys and values
-    bias = (A + 2 * K) * D + H if config.get("attention_bias") else bias  # and of the output
-    layer = 2 * H * (A + K) * D + bias + 3 * H * F + 2 * H  # the last are two norms
-    shape = {"H": H, "L": L, "A": A, "K": K, "D": D, "F": F, "V": V, "head": 0 if tied else V * H}
-    return SimpleNamespace(**shape, params=L * layer + H + V * H + shape["head"])
+    hidden, layers, heads, kv_heads, feed_forward, vocabulary, tied = (config[name] for name in FIELDS)
+    head_dim = config.get("head_dim") or hidden // heads
+    head_params = 0 if tied else vocabulary * hidden
+    shape = Shape(hidden, layers, heads, kv_heads, head_dim, feed_forward, vocabulary, head_params, params=0)
+    norms = 2 * hidden
+    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + norms)
+    shape.params += (
+        hidden + shape.embedding_params + head_params
+    )  # The first is the norm behind the last layer.
+    return shape
+
+
+def bias_params(config, shape):
+    """Parameters of the biases of a layer's attention."""
+    query_key_value = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    if config.get("attention_bias"):
+        return query_key_value + shape.hidden  # Llama then has one in the output projection, too.
+    return query_key_value if config["model_type"] == "qwen2" else 0
 
 
 def critic_shape(cfg, shape):
-    """The critic's shape, of its own model or as the policy's, with a value head in the head's place; None for GRPO."""
+    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None for GRPO."""
     if cfg.advantage == "group":
         return None
-    critic = (read_shape(cfg.critic_model) if cfg.critic_model else None) or shape
-    return SimpleNamespace(**vars(critic) | {"params": critic.params - critic.head + critic.H})
+    if cfg.critic_model:
+        shape = read_shape(cfg.critic_model) or shape
+    return replace(shape, params=shape.params - shape.head_params + shape.hidden)
 
 
-def weights_that_learn(cfg, shape):
-    """The policy's and the critic's."""
+def num_learned(cfg, shape):
+    """Parameters of the networks that learn: the policy's, and the critic's where there is one."""
     critic = critic_shape(cfg, shape)
     return shape.params + (critic.params if critic else 0)
 
 
-def plan(cfg, shape, gpu_memory):
-    """Phases → {what: GiB that one GPU holds of it}. It fits where no phase holds more than gpu_memory."""
-    x = vars(cfg) | vars(shape) | {"gpu_memory": gpu_memory, "size": 4 if cfg.dtype == "float32" else 2}
-    heads = max(1, shape.K // cfg.tensor_parallel)  # a key-value head is on one GPU of an engine at least
-    x["token_bytes"] = 2 * shape.L * heads * shape.D * x["size"]
-    sequence = (cfg.max_prompt_tokens + cfg.max_response_tokens) * x["token_bytes"]
-    x["sequences"], x["n"] = 0.0, shape.params
-    x["learn"] = weights_that_learn(cfg, shape)
-    # 20 bytes a weight at most, 4 GiB to spare, and 1 GiB (a guess) that CUDA and NCCL have taken before vLLM starts
-    room = (1 - cfg.gpu_memory_utilization) * gpu_memory * 2**30 - 5 * 2**30
-    room -= (cfg.kl_coef > 0) * x["size"] * shape.params / cfg.workers
-    x["stays"] = int(room > 20 * x["learn"] / cfg.workers)
-    left = gpu_memory * 2**30 - sum(eval(formula, x) for formula in GENERATE.values())
-    x["sequences"] = max(1.0, left // (sequence / 100) / 100)  # of full length, at once; one must fit
-    phases = {"generate": (GENERATE, x)}
-    if critic := critic_shape(cfg, shape):
-        phases["critic"] = (OTHER | LEARNER, x | vars(critic) | {"n": critic.params, "params": shape.params})
-    phases |= {"policy": (OTHER | LEARNER | HEAD, x), "sync": (OTHER | SYNC, x)}
-    result = {}
-    for phase, (formulas, x) in phases.items():
-        items = {f"{what} = {filled(formula, x)}": eval(formula, x) for what, formula in formulas.items()}
-        result[phase] = {what: held / 2**30 for what, held in items.items()}
-    return result
+# ---- What one GPU holds: {what, with its arithmetic: bytes} ------------------------------------------------------
 
 
-def filled(formula, numbers):
-    """The formula with every name's number in its place."""
-    return re.sub(r"\b(?!min|max\b)[A-Za-z]\w*", lambda name: f"{numbers[name[0]]:,}", formula)
+def item(what, *factors, parts=1):
+    """One thing that a GPU holds: (its name with the arithmetic, its bytes: the product of the factors / parts)."""
+    arithmetic = " * ".join(f"{factor:,}" for factor in factors)
+    if parts > 1:
+        arithmetic += f" / {parts}"
+    return f"{what} = {arithmetic}", math.prod(factors) / parts
 
 
-def overfull(cfg, shape, gpu_memory):
+def bytes_per_weight(cfg):
+    return 4 if cfg.dtype == "float32" else 2
+
+
+def always_held(cfg, policy):
+    """What is on the GPU in every phase."""
+    size = bytes_per_weight(cfg)
+    reference = policy.params if cfg.kl_coef > 0 else 0
+    whole = min(reference, KEPT_WHOLE) if cfg.workers > 1 else 0
+    return dict(
+        [
+            item("CUDA, NCCL, sleeping vLLM, fragmentation (a guess)", 4, GIB),
+            item("the reference model, which stays there", size, reference, parts=cfg.workers),
+            item("its weights that are kept whole (KEPT_WHOLE)", size, whole),
+        ]
+    )
+
+
+def vllm_weights(cfg, policy):
+    """What vLLM holds as long as it is awake. Its sampler counts each sequence's tokens in an int32 table."""
+    return dict(
+        [
+            item("vLLM's weights", bytes_per_weight(cfg), policy.params, parts=cfg.tensor_parallel),
+            item("vLLM's table of sampled tokens", 4, cfg.max_num_seqs, policy.vocabulary),
+        ]
+    )
+
+
+def generating(cfg, policy, gpu_memory):
+    """What is on the GPU while vLLM generates; the KV cache gets all that the rest of vLLM's share leaves."""
+    size = bytes_per_weight(cfg)
+    activations = 4 * policy.hidden + 3 * policy.feed_forward  # numbers per token
+    held = always_held(cfg, policy)
+    others = (1 - cfg.gpu_memory_utilization) * gpu_memory * GIB - sum(held.values())
+    held |= vllm_weights(cfg, policy)
+    held |= [
+        item("vLLM's CUDA graphs (a guess)", 2**29),
+        item("vLLM's activations (a guess)", cfg.max_num_batched_tokens, size, activations),
+        item("vLLM's logits (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
+        item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
+    ]
+    tokens = cfg.max_prompt_tokens + cfg.max_response_tokens
+    kv_heads = max(1, policy.kv_heads // cfg.tensor_parallel)  # Each GPU of an engine holds one at least.
+    token_bytes = 2 * policy.layers * kv_heads * policy.head_dim * size  # a key and a value in each layer
+    left = gpu_memory * GIB - sum(held.values())
+    hundredths = left // (tokens * token_bytes / 100)
+    sequences = max(1.0, hundredths / 100)  # of full length, at the same time; one must fit
+    held |= [item("KV cache: sequences, tokens, bytes", sequences, tokens, token_bytes)]
+    return held
+
+
+def updating(cfg, learner, others_staying):
+    """What the update of one learner adds. others_staying: parameters of the other one, if its states stay on the GPU."""
+    size, tokens = bytes_per_weight(cfg), cfg.max_tokens_per_pack
+    gathered = max(MAX_LIVE_PARAMETERS, KEPT_WHOLE + learner.embedding_params)
+    gathered = min(learner.params, gathered) if cfg.workers > 1 else 0
+    # Numbers per token that the backward pass needs of one layer.
+    kept = 16 * learner.hidden + 4 * learner.kv_heads * learner.head_dim + 5 * learner.feed_forward
+    layers_kept = 1 if cfg.gradient_checkpointing else learner.layers
+    inputs_kept = learner.layers if cfg.gradient_checkpointing else 0
+    return dict(
+        [
+            item("weights", size, learner.params, parts=cfg.workers),
+            item("fp32 weights and Adam's two averages", 12, learner.params, parts=cfg.workers),
+            item("fp32 gradients", 4, learner.params, parts=cfg.workers),
+            item("weights gathered at once, and kept whole", size, gathered),
+            item("gradients reduced at once", size, REDUCED_AT_ONCE),
+            item("the same in fp32", 4, max(REDUCED_AT_ONCE, learner.embedding_params)),
+            item("activations of a layer", layers_kept, size, tokens, kept),
+            item("inputs of all layers", inputs_kept, size, tokens, learner.hidden),
+            item("the other network, which stays", size + 16, others_staying, parts=cfg.workers),
+        ]
+    )
+
+
+def log_probs(cfg, policy):
+    """What the policy's output head adds to its update."""
+    logits = min(MAX_LOGITS, cfg.max_tokens_per_pack * policy.vocabulary)
+    return dict(
+        [
+            item("logits of a chunk, four copies in fp32 (MAX_LOGITS)", 4, 4, logits),
+            item("gradient of the head, in 16 bits and fp32", 2 + 4, policy.embedding_params),
+        ]
+    )
+
+
+def syncing(cfg, policy, policy_staying, critic_staying):
+    """What is on the GPU while the policy's weights go into vLLM. …_staying: parameters whose states stay on the GPU."""
+    size = bytes_per_weight(cfg)
+    held = always_held(cfg, policy) | vllm_weights(cfg, policy)
+    sixteen_tensors = policy.embedding_params + 3 * policy.matrix_params // 2
+    held |= [
+        item("policy's weights", size, policy.params, parts=cfg.workers),
+        item("weights gathered at once: 16 tensors", size, sixteen_tensors),
+        item("policy's other states, which stay", 16, policy_staying, parts=cfg.workers),
+        item("the critic, which stays", size + 16, critic_staying, parts=cfg.workers),
+    ]
+    return held
+
+
+def learners_stay(cfg, policy, gpu_memory):
+    """Whether the learners' states will stay on the GPU, by the rule that each Worker applies to what its GPU reports."""
+    taken = 1 * GIB  # by CUDA and NCCL before vLLM starts (a guess)
+    if cfg.kl_coef > 0:
+        taken += bytes_per_weight(cfg) * policy.params / cfg.workers  # the reference model
+    total = gpu_memory * GIB
+    return fits_beside_vllm(cfg, num_learned(cfg, policy), free=total - taken, total=total)
+
+
+def plan(cfg, policy, gpu_memory):
+    """Phases → {what, with its arithmetic: GiB that one GPU holds of it}. policy: its Shape; gpu_memory: in GiB.
+
+    A run fits where no phase holds more than gpu_memory.
+    """
+    critic = critic_shape(cfg, policy)
+    policy_staying = critic_staying = 0
+    if learners_stay(cfg, policy, gpu_memory):
+        policy_staying = policy.params
+        critic_staying = critic.params if critic else 0
+    always = always_held(cfg, policy)
+    phases = {"generate": generating(cfg, policy, gpu_memory)}
+    if critic:
+        phases["critic"] = always | updating(cfg, critic, others_staying=policy_staying)
+    phases["policy"] = always | updating(cfg, policy, others_staying=critic_staying) | log_probs(cfg, policy)
+    phases["sync"] = syncing(cfg, policy, policy_staying, critic_staying)
+    return {
+        phase: {what: num_bytes / GIB for what, num_bytes in held.items()} for phase, held in phases.items()
+    }
+
+
+def overfull(cfg, policy, gpu_memory):
     """The phases that do not fit, as {phase: GiB it needs}."""
-    needs = {phase: sum(items.values()) for phase, items in plan(cfg, shape, gpu_memory).items()}
-    return {phase: need for phase, need in needs.items() if need > gpu_memory + 1e-6}
+    failed = {}
+    for phase, held in plan(cfg, policy, gpu_memory).items():
+        need = sum(held.values())
+        if need > gpu_memory + 1e-6:
+            failed[phase] = need
+    return failed
+
+
+# ---- For launch.py -----------------------------------------------------------------------------------------------
 
 
 def check_fits(cfg, gpu_memory):
-    """Raise UserError where a phase cannot fit, naming the first setting tried here that makes everything fit.
+    """Raises UserError where a phase does not fit into GPUs of gpu_memory GiB, naming a setting that makes all fit.
 
-    A model of unknown shape passes: who cannot judge does not refuse.
+    A model of unknown shape passes, since nothing can be said about it.
     """
-    shape = read_shape(cfg.model)
-    if shape is None or not (failed := overfull(cfg, shape, gpu_memory)):
-        return
-    way_out = "no one setting is enough: more workers, more tensor_parallel, fewer tokens, or a smaller model"
+    policy = read_shape(cfg.model)
+    failed = overfull(cfg, policy, gpu_memory) if policy else {}
+    if failed:
+        phase, need = next(iter(failed.items()))
+        estimate = "an estimate, which --gpu_memory=1000 overrules"
+        reason = f"{phase}: needs {need:.1f} GiB of each GPU ({estimate}), has {gpu_memory:g}"
+        raise UserError(f"{reason}: {way_out(cfg, policy, gpu_memory)}")
+
+
+def way_out(cfg, policy, gpu_memory):
+    """The first setting tried here that makes every phase fit."""
+    engines = [n for n in (2, 4, 8) if cfg.workers % n == policy.heads % n == 0]
     ways = {
         "gradient_checkpointing": [True],
         "max_tokens_per_pack": [cfg.max_prompt_tokens + cfg.max_response_tokens],
         "gpu_memory_utilization": [0.7],
-        "tensor_parallel": [n for n in (2, 4, 8) if cfg.workers % n == shape.A % n == 0],
-        "workers": [cfg.workers << doublings for doublings in range(1, 6)],
+        "tensor_parallel": engines,
+        "workers": [cfg.workers * 2**doublings for doublings in range(1, 6)],
     }
-    for key, value in ((key, value) for key, values in ways.items() for value in values):
-        if not overfull(SimpleNamespace(**vars(cfg) | {key: value}), shape, gpu_memory):
-            way_out = f"try --{key}={value}"
-            break
-    phase, need = next(iter(failed.items()))
-    estimate = "an estimate, which --gpu_memory=1000 overrules"
-    raise UserError(f"{phase}: needs {need:.1f} GiB of each GPU ({estimate}), has {gpu_memory:g}: {way_out}")
-
-
-def memory_here():
-    """GiB of this machine's first GPU; without one 80."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 80.0
+    for key, values in ways.items():
+        for value in values:
+            changed = SimpleNamespace(**vars(cfg) | {key: value})
+            if not overfull(changed, policy, gpu_memory):
+                return f"try --{key}={value}"
+    return "no one setting is enough: more workers, more tensor_parallel, fewer tokens, or a smaller model"
 
 
 def derived(cfg):
-    """The numbers that follow from the settings."""
-    responses, engines = cfg.prompts_per_step * cfg.samples_per_prompt, cfg.workers // cfg.tensor_parallel
+    """The numbers that follow from the settings, as {name: text}."""
+    responses = cfg.prompts_per_step * cfg.samples_per_prompt
+    engines = cfg.workers // cfg.tensor_parallel
     numbers = {
         "responses per step": f"{cfg.prompts_per_step} prompts x {cfg.samples_per_prompt} samples = {responses:,}",
         "response tokens per step": f"at most {responses * cfg.max_response_tokens:,}",
@@ -184,9 +332,52 @@ def derived(cfg):
 
 
 def describe(cfg):
-    """Every setting as it stands, and the numbers that follow."""
+    """Every setting as it stands, and the numbers that follow, as a text: what --dry_run prints."""
     settings = [f"{key} = {value!r}" for key, value in vars(cfg).items()]
-    return "\n".join(settings + [""] + [f"{name}: {value}" for name, value in derived(cfg).items()])
+    numbers = [f"{name}: {value}" for name, value in derived(cfg).items()]
+    return "\n".join([*settings, "", *numbers])
+
+
+# ---- As a command ------------------------------------------------------------------------------------------------
+
+
+def report(cfg, gpu_memory):
+    """What GPUs of gpu_memory GiB will hold, line by line, as a text. The model's shape must be known."""
+    policy = read_shape(cfg.model)
+    lines = [
+        "UNVERIFIED: estimates from the sources; no GPU was at hand to compare them with",
+        f"{cfg.model}: {policy.params:,} parameters, {cfg.workers} GPUs of {gpu_memory:g} GiB",
+    ]
+    for phase, held in plan(cfg, policy, gpu_memory).items():
+        lines += ["", f"{phase}: {sum(held.values()):.1f} of {gpu_memory:g} GiB"]
+        lines += [f"{gib:8.2f}  {what}" for what, gib in held.items() if gib > 0]
+    lines += ["", *(f"{name}: {value}" for name, value in derived(cfg).items())]
+
+    responses = cfg.prompts_per_step * cfg.samples_per_prompt
+    sequence = cfg.max_prompt_tokens + cfg.max_response_tokens
+    packs = math.ceil(responses / (cfg.max_tokens_per_pack // sequence))
+    learned = num_learned(cfg, policy)
+    waiting = 18 * learned / cfg.workers / GIB
+    checkpoint = 12 * learned / 1e9
+    at_once = cfg.keep_checkpoints + 2  # the best one, and one that is being written
+    lines += [
+        f"tokens per step: at most {responses:,} x {sequence:,} = {responses * sequence:,}",
+        f"packs per step: at most {packs:,}, {math.ceil(packs / cfg.workers):,} a GPU",
+        f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here",
+        f"disk: {checkpoint:.1f} GB a checkpoint, of which up to {at_once} exist at once",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def first_gpu_memory():
+    """GiB of this machine's first GPU, as nvidia-smi tells; 80 where there is none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return float(answer) / 1024  # It answers in MiB.
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 80.0
 
 
 def main(argv):
@@ -195,31 +386,14 @@ def main(argv):
         if cfg.dry_run:
             print(describe(cfg))
             return 0
-        gpu_memory = cfg.gpu_memory or memory_here()
-        if (shape := read_shape(cfg.model)) is None:
-            print(
-                f"model={cfg.model!r} is no folder of a dense model, nor in the table of tools/plan.py",
-                file=sys.stderr,
-            )
+        if read_shape(cfg.model) is None:
+            place = "the table of tools/plan.py"
+            print(f"model={cfg.model!r} is no folder of a dense model, nor in {place}", file=sys.stderr)
             return 3
-        print("UNVERIFIED: estimates from the sources; no GPU was at hand to compare them with")
-        print(f"{cfg.model}: {shape.params:,} parameters, {cfg.workers} GPUs of {gpu_memory:g} GiB")
-        for phase, items in plan(cfg, shape, gpu_memory).items():
-            print(f"\n{phase}: {sum(items.values()):.1f} of {gpu_memory:g} GiB")
-            print("\n".join(f"{held:8.2f}  {what}" for what, held in items.items() if held))
-        print("\n" + "\n".join(f"{name}: {value}" for name, value in derived(cfg).items()))
-        responses = cfg.prompts_per_step * cfg.samples_per_prompt
-        full = cfg.max_prompt_tokens + cfg.max_response_tokens
-        packs = -(-responses // (cfg.max_tokens_per_pack // full))
-        print(f"tokens per step: at most {responses:,} x {full:,} = {responses * full:,}")
-        print(f"packs per step: at most {packs:,}, {-(-packs // cfg.workers):,} a GPU")
-        weights = weights_that_learn(cfg, shape)
-        waiting = 18 * weights / cfg.workers / 2**30
-        print(f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here")
-        at_once = cfg.keep_checkpoints + 2  # the best, and one being written
-        print(f"disk: {12e-9 * weights:.1f} GB a checkpoint, of which up to {at_once} exist at once\n")
+        gpu_memory = cfg.gpu_memory or first_gpu_memory()
+        print(report(cfg, gpu_memory))
         check_fits(cfg, gpu_memory)
-    except (UserError, ValueError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("fits")
