@@ -491,16 +491,14 @@ def run(cfg, argv):
         end, code = "done", 0
         try:
             workers.start()
-            log.cut(workers.step)
-            learn = f"{workers.num_parameters:,} parameters learn, from step {workers.step + 1}"
-            log.say(f"{log.dir}: {cfg.model} on {cfg.workers} workers, {learn}")
+            log.start(workers.step, workers.num_parameters, tasks)
             train(cfg, workers, tasks, log)
         except Stopped as stopped:
-            end = f"stopped by {stopped} after step {workers.step}, to go on with the same command"
+            end = f"stopped by {stopped}"
             code = 128 + signal.Signals[str(stopped)]
         workers.save()
         workers.export(tasks.tokenizer)
-        log.say(f"{end}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}; another --name starts anew")
+        log.end(end, workers.step, argv)
         return code
     except UserError:
         log.discard()
