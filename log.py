@@ -24,10 +24,14 @@ from configs.load import ROOT, UserError
 
 TOOLS = ROOT  # the folder of plot.py and export.py
 
+# The version of a run's folder. Raise it whenever a run that was begun before a change could not go on after it,
+# because settings, metrics, checkpoints or random numbers have another meaning.
+RUN_VERSION = 2
+
 # Settings that may differ when a run goes on: how long, how fast, how often. Any other would make it another run.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
-    name versions trust_remote_code""".split()
+    name versions commit trust_remote_code""".split()
 
 HEADER_EVERY = 20  # steps
 
@@ -84,6 +88,7 @@ class Log:
         sys.stdout.reconfigure(errors="backslashreplace")
         cfg.versions = installed()  # Every node must have these packages: the Workers compare.
         settings = json.loads(json.dumps(vars(cfg)))
+        settings |= {"run_version": RUN_VERSION, "commit": code_commit()}
         try:
             self.new = not files_in(self.dir)
             check_same_run(self.dir, settings)
@@ -287,10 +292,11 @@ def check_same_run(folder, settings):
             raise UserError(f"{folder} exists and is no run: choose another --name, or move it away")
         return
     before = read_settings(folder)
+    check_same_version(folder, before, settings)
     changed = []
     for name in sorted(settings):
-        if before.get(name) != settings[name] and name not in MAY_CHANGE:
-            changed.append(f"{name}={before.get(name)!r}")
+        if before[name] != settings[name] and name not in MAY_CHANGE:
+            changed.append(f"{name}={before[name]!r}")
     if changed:
         raise UserError(f"{folder} is a run with {', '.join(changed)}: choose another --name")
 
@@ -302,6 +308,27 @@ def read_settings(folder):
     except (ValueError, TypeError):
         reason = f"{folder}/config.json does not hold the settings of a run"
         raise UserError(f"{reason}: choose another --name, or move it away") from None
+
+
+def check_same_version(folder, before, settings):
+    """Raise UserError if other code began this run: it had another RUN_VERSION, or settings of other names."""
+    version = before.get("run_version", 1)  # Version 1 did not write it down.
+    if version == RUN_VERSION and before.keys() == settings.keys():
+        return
+    age = "an older" if version < RUN_VERSION else "another"
+    commit = before.get("commit")
+    which = f"git commit {commit}" if commit else "its git commit is not recorded"
+    way_out = "choose another --name, or finish it with that version"
+    raise UserError(f"{folder} was begun by {age} version of nanoORZ ({which}): {way_out}")
+
+
+def code_commit():
+    """The git commit of this code, with "-dirty" if files differ from it; "" if git does not know."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def installed():

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import plot
 from configs.load import ROOT, UserError, load
 from data.load import Question
 from log import (
+    RUN_VERSION,
     Log,
     drift_warning,
     minutes_left,
@@ -499,6 +501,54 @@ def test_existing_folder_is_left_alone(tmp_path):
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
+OLD_RUN = (
+    ROOT / "tests/old_run"
+)  # made by commit 028e8cd with configs/tiny.py; its list of versions was shortened
+
+
+def recorded(folder, **changes):
+    """Write these values into the settings that the folder records; None removes a setting."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (None, "begun by an older version of nanoORZ (its git commit is not recorded)"),  # as it was stored
+        ({"run_version": RUN_VERSION - 1}, "begun by an older version of nanoORZ (git commit abc123)"),
+        ({"run_version": RUN_VERSION + 1}, "begun by another version of nanoORZ (git commit abc123)"),
+        (
+            {"eval_top_p": None},
+            "begun by another version of nanoORZ (git commit abc123)",
+        ),  # base.py gained one
+        ({"value_norm": True}, "begun by another version of nanoORZ (git commit abc123)"),  # base.py lost one
+        ({"run_version": None, "seed": 7}, "begun by an older version of nanoORZ"),  # not "a run with seed=7"
+        ({"seed": 7}, "is a run with seed=7"),
+        ({}, None),
+    ],
+)
+def test_run_of_another_version_is_refused(tmp_path, changes, words):
+    """An older run goes on under settings that it never had, or ends in a KeyError or in a riddle: "with seed=None"."""
+    cfg = load([str(ROOT / "configs/tiny.py"), f"--out_dir={tmp_path}", "--name=a"])
+    if changes is None:
+        shutil.copytree(OLD_RUN, tmp_path / "a")
+    else:
+        Log(cfg).metrics.close()
+        recorded(tmp_path / "a", **{"commit": "abc123"} | changes)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    if words is None:
+        Log(cfg).metrics.close()
+        return
+    with pytest.raises(UserError) as refusal:
+        Log(cfg)
+    message = str(refusal.value)
+    assert words in message and "choose another --name" in message and "\n" not in message
+    assert ("finish it with that version" in message) == ("begun" in words)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "7", "\x00"])
 def test_settings_that_cannot_be_read(tmp_path, text):
     """config.json was edited by hand, or is another program's: a traceback."""
@@ -508,6 +558,17 @@ def test_settings_that_cannot_be_read(tmp_path, text):
         UserError, match="config.json does not hold the settings of a run: choose another --name"
     ):
         Log(settings(tmp_path))
+
+
+def test_folder_holds_the_version(run):
+    """Nobody knows which code began a run, and its folder cannot be told from one of later code."""
+    found = json.loads((run.dir / "config.json").read_text())
+    assert found["run_version"] == RUN_VERSION
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    commit = found["commit"].removesuffix("-dirty")
+    assert head.startswith(commit) and bool(commit) == bool(head)
 
 
 def test_one_process_at_a_time(run, tmp_path):
