@@ -221,15 +221,15 @@ def start_cluster():
     return ray.init("local", include_dashboard=False, **QUIET)
 
 
-def run(cfg):
-    """Everything between good settings and the exported networks. Returns the exit code."""
+def run(cfg, argv):
+    """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     log = Log(cfg)
     try:
         tasks = read_tasks(cfg, data, log)
-        return run_with_restarts(cfg, tasks, log)
+        return run_with_restarts(cfg, argv, tasks, log)
     except UserError:
         log.discard()
         raise
@@ -238,7 +238,7 @@ def run(cfg):
         return 1
 
 
-def run_with_restarts(cfg, tasks, log):
+def run_with_restarts(cfg, argv, tasks, log):
     """Run, and run again from the newest checkpoint after the death of a Worker or a time limit. Returns the exit code."""
     from ray.exceptions import RayActorError
 
@@ -246,7 +246,7 @@ def run_with_restarts(cfg, tasks, log):
     failed_steps = []  # the newest checkpoint at each death
     while True:
         try:
-            return run_once(cfg, tasks, log, stop_request)
+            return run_once(cfg, argv, tasks, log, stop_request)
         except (RayActorError, PhaseTimeout) as error:
             report(error, log)
             step = max(checkpoints(cfg), default=0)
@@ -262,7 +262,7 @@ def may_restart(failed_steps, step, max_restarts):
     return step not in failed_steps and len(failed_steps) < max_restarts
 
 
-def run_once(cfg, tasks, log, stop_request):
+def run_once(cfg, argv, tasks, log, stop_request):
     """Start Ray and the Workers, train, save and export. Returns the exit code."""
     import ray
 
@@ -274,21 +274,16 @@ def run_once(cfg, tasks, log, stop_request):
         if on_gpu and not cfg.eval_only:
             plan.check_fits(cfg, cfg.gpu_memory or workers.gpu_memory())
         workers.start()
-        log.cut(workers.step)
-        parameters = f"{workers.num_parameters:,} parameters learn, from step {workers.step + 1}"
-        log.say(f"{log.dir}: {cfg.model} on {cfg.workers} workers, {parameters}")
+        log.start(workers.step, workers.num_parameters, tasks)
         ending, code = "done", 0
         try:
             train(cfg, workers, tasks, log)
         except Stopped:
-            name = stop_request.signal.name
-            ending = f"stopped by {name} after step {workers.step}, to go on with the same command"
+            ending = f"stopped by {stop_request.signal.name}"
             code = 128 + stop_request.signal
         workers.save()
         workers.export(tasks.tokenizer)
-        log.say(
-            f"{ending}: {', '.join(sorted(os.listdir(log.dir)))} in {log.dir}; another --name starts anew"
-        )
+        log.end(ending, workers.step, argv)
         return code
     finally:
         ray.shutdown()
@@ -308,7 +303,7 @@ def main(argv):
         if cfg.dry_run:
             print(plan.describe(cfg))
             return 0
-        return run(cfg)
+        return run(cfg, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

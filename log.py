@@ -1,124 +1,335 @@
-"""What a run writes and prints: metrics.jsonl, TensorBoard, curves.png, samples, the step line.
+"""A run's folder and what a run prints: metrics.jsonl, TensorBoard, samples, curves.png, the table of steps.
 
-In:   the settings, one dict of metrics per step; None where a number does not exist.
-Out:  files in the run's folder out_dir/NAME, which is made here; one line per step on the terminal.
+In:   the settings, and for each step a dict of metrics, in which None is a number that does not exist.
+Out:  files in out_dir/NAME, which is made here, and lines of at most 110 columns on the terminal.
+
+The terminal shows the metrics that a person watches. metrics.jsonl holds all of them.
 """
 
 import fcntl
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.load import ROOT, UserError
 
-# What a policy that has stopped learning looks like; the numbers of a step that make it so.
-COLLAPSE = {
-    "entropy near zero": lambda m: m.get("entropy", 1.0) < 0.002,
-    "all rewards equal": lambda m: m.get("reward") in (0.0, 1.0),
-    "responses at the length limit": lambda m: m.get("cut_off", 0.0) > 0.5,
-}
-LINE = """accuracy pass_at_k majority_at_k reward response_tokens cut_off entropy v_loss explained_var drift_mean
-    drift_max tokens_per_second""".split()
+TOOLS = ROOT / "tools"
 
-# What may differ where a run goes on: how long, how fast, how often. Anything else would make another run of it.
+# The version of a run's folder. Raise it whenever a run that was begun before a change could not go on after it,
+# because settings, metrics, checkpoints or random numbers have another meaning.
+RUN_VERSION = 2
+
+# Settings that may differ when a run goes on: how long, how fast, how often. Any other would make it another run.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
-    name versions trust_remote_code""".split()
+    name versions commit trust_remote_code""".split()
+
+HEADER_EVERY = 20  # steps
+
+
+class Column(NamedTuple):
+    """A column of a printed table. `metric` is a name of metrics.jsonl; "seconds/policy" is a nested one."""
+
+    metric: str
+    title: str
+    width: int
+    format: str
+
+
+# The columns stand in the order of their importance: where the terminal is too narrow, the last ones are left out.
+STEP_COLUMNS = [
+    Column("step", "step", 10, "{}"),
+    Column("minutes_left", "min.left", 9, "{:,.1f}"),
+    Column("accuracy", "accuracy", 9, "{:.1%}"),
+    Column("reward", "reward", 8, "{:.3f}"),
+    Column("response_tokens", "length", 9, "{:,.1f}"),
+    Column("cut_off", "cut_off", 8, "{:.1%}"),
+    Column("entropy", "entropy", 8, "{:.4f}"),
+    Column("v_loss", "v_loss", 7, "{:.4f}"),
+    Column("explained_var", "expl.var", 9, "{:.2f}"),
+    Column("drift_mean", "drift", 9, "{:.1e}"),
+    Column("tokens_per_second", "tokens/s", 9, "{:,.0f}"),
+    Column("seconds/generate", "generate", 9, "{:.1f}s"),
+    Column("seconds/critic", "critic", 7, "{:.1f}s"),
+    Column("seconds/policy", "policy", 7, "{:.1f}s"),
+]
+EVALUATION_COLUMNS = [
+    Column("name", "set", 16, "{}"),
+    Column("accuracy", "accuracy", 10, "{:.1%}"),
+    Column("accuracy_stderr", "stderr", 9, "±{:.1%}"),
+    Column("pass_at_k", "pass@k", 9, "{:.1%}"),
+    Column("majority_at_k", "majority@k", 12, "{:.1%}"),
+    Column("response_tokens", "length", 10, "{:,.1f}"),
+    Column("cut_off", "cut_off", 9, "{:.1%}"),
+]
 
 
 class Log:
     def __init__(self, cfg):
-        """Makes or finds the run's folder. Raises UserError, and changes nothing, where it is another run's."""
-        self.dir, self.tensorboard = Path(cfg.out_dir) / cfg.name, None
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 does not end a run
-        cfg.versions = installed()
-        config, settings = self.dir / "config.json", json.loads(json.dumps(vars(cfg)))
+        """Make the run's folder, or find it again. Raises UserError, and changes nothing, if it is not this run's."""
+        self.cfg = cfg
+        self.dir = Path(cfg.out_dir) / cfg.name
+        self.tensorboard = None  # opened by cut()
+        self.drift_means = []  # of the steps so far
+        self.first_step = None  # of this process
+        self.first_step_end = None  # in seconds of time.monotonic()
+        self.columns = []  # of the last header
+        self.rows_below_header = 0
+        # A terminal without UTF-8 must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        cfg.versions = installed()  # Every node must have these packages: the Workers compare.
+        settings = json.loads(json.dumps(vars(cfg)))
+        settings |= {"run_version": RUN_VERSION, "commit": code_commit()}
         try:
-            # an empty metrics.jsonl is what a crash leaves that came before the settings
-            found = {path.name for path in self.dir.glob("*") if path.stat().st_size}
-            self.new = not found
-            if "config.json" not in found and found - {"samples", "logs", "config.tmp"}:
-                raise UserError(f"{self.dir} exists and is no run: choose another --name, or move it away")
-            before = json.loads(config.read_text()) if config.exists() else settings
-            changed = {name for name in settings if before.get(name) != settings[name]}.difference(MAY_CHANGE)
-            if changed:
-                values = ", ".join(f"{name}={before.get(name)!r}" for name in sorted(changed))
-                raise UserError(f"{self.dir} is a run with {values}: choose another --name")
-            for folder in ("samples", "logs"):
-                (self.dir / folder).mkdir(parents=True, exist_ok=True)
-            self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
-            os.replace(self.dir / "config.tmp", config)
+            self.new = not files_in(self.dir)
+            check_same_run(self.dir, settings)
+            self.make_folder(settings)
         except BlockingIOError:
             raise UserError(f"{self.dir}: another process is at work in it") from None
         except OSError as error:
-            raise UserError(f"cannot write to {self.dir}: {error.strerror}; choose an --out_dir") from None
+            reason = f"cannot write to {self.dir}: {error.strerror}"
+            raise UserError(f"{reason}; choose an --out_dir") from None
 
-    def cut(self, step):
-        """Forget what came after `step`, which will be made again: metrics.jsonl is cut, TensorBoard written anew."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        rows = [row for row in self.rows() if 0 < step >= row["step"]]
-        self.metrics.truncate(sum(len(json.dumps(row) + "\n") for row in rows))
-        shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
-        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
-        for row in rows:
-            self.scalars(row)
-
-    def rows(self):
-        """What metrics.jsonl holds; a line that a crash cut short is left out."""
-        with open(self.metrics.name, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
-
-    def best(self, steps):
-        """The one of `steps` with the best mean accuracy in evaluation, None where none was evaluated."""
-        rows = [row for row in self.rows() if row["step"] in steps and row.get("eval")]
-        scores = {row["step"]: [result["accuracy"] for result in row["eval"].values()] for row in rows}
-        return max(scores, key=lambda step: sum(scores[step]) / len(scores[step]), default=None)
+    def make_folder(self, settings):
+        """Make what is missing of the folder, lock it for this process, and write config.json. Raises OSError."""
+        for folder in ("samples", "logs"):
+            (self.dir / folder).mkdir(parents=True, exist_ok=True)
+        self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+        fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The file is renamed when it is complete, so that a crash never leaves half of it.
+        (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
+        os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, unless something was in it before."""
+        """Remove the folder of a run that has not begun, unless it was there before."""
         if self.new:
             shutil.rmtree(self.dir)
             if not os.listdir(self.dir.parent):
                 self.dir.parent.rmdir()
 
-    def say(self, text):
-        print(printable(text), flush=True)
+    # ---- Files -------------------------------------------------------------------------------------------------
 
-    def step(self, metrics):
-        """One step into every log, and its line on the terminal, after a line for each data set of an evaluation."""
-        self.metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self.metrics.flush()
-        self.scalars(metrics)
-        for name, result in metrics.get("eval", {}).items():
-            self.say(metrics_line(f"  {name}:", result))
-        self.say(metrics_line(f"step {metrics['step']}", metrics))
+    def cut(self, step):
+        """Forget the steps after `step`, which will be made again: cut metrics.jsonl, write TensorBoard's files anew."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Without a finished step nothing is kept: the evaluation before the first step is made again, too.
+        rows = [row for row in self.rows() if 0 < step >= row["step"]]
+        self.metrics.truncate(sum(len(json.dumps(row) + "\n") for row in rows))
+        shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
+        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
+        self.drift_means = []
+        for row in rows:
+            self.scalars(row)
+            if row.get("drift_mean") is not None:
+                self.drift_means.append(row["drift_mean"])
+
+    def rows(self):
+        """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
+        with open(self.metrics.name, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def best(self, steps):
+        """The one of `steps` with the highest accuracy, averaged over the data sets; None if none was evaluated."""
+        scores = {}
+        for row in self.rows():
+            if row["step"] in steps and row.get("eval"):
+                scores[row["step"]] = statistics.mean(result["accuracy"] for result in row["eval"].values())
+        return max(scores, key=scores.get, default=None)
 
     def scalars(self, metrics):
-        for name, value in flatten(metrics | {"step": None}).items():
-            self.tensorboard.add_scalar(name, value, metrics["step"])
+        for name, value in flatten(metrics).items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, metrics["step"])
         self.tensorboard.flush()
 
     def lines(self, name, rows):
-        """samples/NAME.jsonl: JSON lines of responses, or the records of questions."""
+        """Write samples/NAME.jsonl. `rows` are lines of JSON, as sample_line makes them, or dicts."""
         with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(row if type(row) is str else json.dumps(row) + "\n" for row in rows)
-
-    def show(self, question, sample):
-        """One response on the terminal."""
-        self.say(f"  question: {question.question}\n  response: {sample.text[:2000]}")
-        self.say(f"  reward:   {sample.reward:.0f} ({sample.finish_reason}; the answer is {question.answer})")
+            for row in rows:
+                file.write(row if isinstance(row, str) else json.dumps(row) + "\n")
 
     def curves(self):
-        """Draws curves.png anew, in a process of its own: a month of plotting stays out of this one's memory, and Ctrl-C
-        on the terminal does not reach it. A picture that fails ends no run."""
-        subprocess.run([sys.executable, ROOT / "tools/plot.py", self.dir], process_group=0)
+        """Draw curves.png anew. A picture that fails does not end the run.
+
+        A process of its own draws it, for two reasons: whatever matplotlib keeps in memory after each of a month's
+        pictures goes with the process, and in its own process group it does not receive the terminal's Ctrl-C.
+        """
+        subprocess.run([sys.executable, TOOLS / "plot.py", self.dir], process_group=0)
+
+    # ---- The terminal ------------------------------------------------------------------------------------------
+
+    def say(self, text, bold=False):
+        """Print a text. Only a terminal gets bold type."""
+        text = printable(text)
+        if bold and sys.stdout.isatty():
+            text = f"\x1b[1m{text}\x1b[0m"
+        print(text, flush=True)
+
+    def start(self, step, num_parameters, tasks):
+        """Begin after the finished `step`: forget what came later, and print what will run.
+
+        num_parameters is the number of parameters that learn; tasks holds the questions, as read_tasks returns them.
+        """
+        cfg = self.cfg
+        self.cut(step)
+        self.first_step, self.columns = None, []
+        begin = f"from step {step + 1} of {cfg.steps}" if cfg.steps else "evaluation only"
+        self.say(f"run         {self.dir}, {begin}")
+        self.say(f"model       {cfg.model}: {num_parameters:,} parameters learn")
+        self.say(f"workers     {cfg.workers}, {cfg.tensor_parallel} per vLLM engine")
+        held_out = "".join(f", {len(prompts):,} held out in {name}" for name, prompts in tasks.eval.items())
+        self.say(f"questions   {len(tasks.train):,} for training{held_out}")
+        if cfg.steps:
+            responses = cfg.prompts_per_step * cfg.samples_per_prompt
+            tokens = responses * cfg.max_response_tokens
+            self.say(
+                f"each step   {cfg.prompts_per_step} questions x {cfg.samples_per_prompt} samples = {responses:,} responses"
+                f" of at most {cfg.max_response_tokens:,} tokens = {tokens:,} tokens"
+            )
+
+    def step(self, metrics):
+        """Write a step's metrics to metrics.jsonl and TensorBoard; print its evaluation, and its row of the table."""
+        self.metrics.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self.metrics.flush()
+        self.scalars(metrics)
+        if metrics.get("eval"):
+            self.print_evaluation(metrics)
+        if metrics["step"] > 0:
+            self.print_row(metrics)
+
+    def print_evaluation(self, metrics):
+        rows = [{"name": name} | result for name, result in metrics["eval"].items()]
+        columns = fitting_columns(EVALUATION_COLUMNS, rows[0], terminal_width())
+        self.say(
+            f"\nevaluation after step {metrics['step']}: k = {self.cfg.eval_samples} samples per question",
+            bold=True,
+        )
+        self.say(header(columns))
+        for row in rows:
+            self.say(table_row(columns, row), bold=True)
+        self.say("")
+        self.columns = []  # The table of steps gets a new header, because the last one may be far up.
+
+    def print_row(self, metrics):
+        """The step's row of the table, a header above it where one is due, and warnings beneath it."""
+        cells = self.cells(metrics)
+        columns = fitting_columns(STEP_COLUMNS, cells, terminal_width())
+        if columns != self.columns or self.rows_below_header == HEADER_EVERY:
+            self.say(header(columns))
+            self.columns, self.rows_below_header = columns, 0
+        self.say(table_row(columns, cells))
+        self.rows_below_header += 1
+        for warning in find_warnings(metrics, self.drift_means):
+            self.say(f"  {warning}", bold=True)
+        if metrics.get("drift_mean") is not None:
+            self.drift_means.append(metrics["drift_mean"])
+
+    def cells(self, metrics):
+        """The metrics under the names of STEP_COLUMNS. The reward is left out where it is the accuracy."""
+        cells = dict(metrics)
+        for phase, seconds in metrics["seconds"].items():
+            cells[f"seconds/{phase}"] = seconds
+        if "accuracy" in metrics and abs(metrics["reward"] - metrics["accuracy"]) < 1e-6:
+            del cells["reward"]
+        if self.first_step is None:
+            self.first_step = metrics["step"]
+            self.first_step_end = time.monotonic()
+        seconds = time.monotonic() - self.first_step_end
+        cells["minutes_left"] = minutes_left(metrics["step"], self.cfg.steps, self.first_step, seconds)
+        cells["step"] = f"{metrics['step']}/{self.cfg.steps}"
+        return cells
+
+    def show(self, question, sample):
+        """Print one response, at most 2,000 characters of it, and how it was judged."""
+        self.say(f"\n  question: {question.question}")
+        self.say(textwrap.indent(sample.text[:2000].strip("\n"), "    "))
+        self.say(f"  reward:   {sample.reward:g} ({sample.finish_reason}; the answer is {question.answer})")
+
+    def end(self, ending, step, argv):
+        """Print how the run ended, what it reached, and commands for what may come next.
+
+        ending is "done" or what stopped the run, step the last finished one, argv the arguments of launch.py.
+        """
+        rows = self.rows()
+        minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
+        self.say(
+            f"\n{ending} after step {step} of {self.cfg.steps}: {minutes:.1f} minutes of work", bold=True
+        )
+        for name, accuracies in first_and_last_accuracy(rows).items():
+            self.say(f"  accuracy on {name}: {accuracies}")
+        self.say(f"  all of it is in {self.dir}")
+        saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
+        checkpoint = self.best(saved) or max(saved, default=None)
+        program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
+        self.say("what may come next:")
+        for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
+            self.say(f"# {purpose}")
+            self.say(shell_text(command, terminal_width()))
+
+
+# ---- Whose folder it is --------------------------------------------------------------------------------------------
+
+
+def files_in(folder):
+    """The names of what a folder holds, without empty files: a crash before the settings leaves an empty metrics.jsonl."""
+    return {path.name for path in folder.glob("*") if path.stat().st_size}
+
+
+def check_same_run(folder, settings):
+    """Raise UserError unless the folder is new, or holds a run that can go on with these settings."""
+    found = files_in(folder)
+    if "config.json" not in found:
+        if found - {"samples", "logs", "config.tmp"}:
+            raise UserError(f"{folder} exists and is no run: choose another --name, or move it away")
+        return
+    before = read_settings(folder)
+    check_same_version(folder, before, settings)
+    changed = []
+    for name in sorted(settings):
+        if before[name] != settings[name] and name not in MAY_CHANGE:
+            changed.append(f"{name}={before[name]!r}")
+    if changed:
+        raise UserError(f"{folder} is a run with {', '.join(changed)}: choose another --name")
+
+
+def read_settings(folder):
+    """What the folder's config.json holds. Raises UserError if it is no dict in JSON."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        reason = f"{folder}/config.json does not hold the settings of a run"
+        raise UserError(f"{reason}: choose another --name, or move it away") from None
+
+
+def check_same_version(folder, before, settings):
+    """Raise UserError if other code began this run: it had another RUN_VERSION, or settings of other names."""
+    version = before.get("run_version", 1)  # Version 1 did not write it down.
+    if version == RUN_VERSION and before.keys() == settings.keys():
+        return
+    age = "an older" if version < RUN_VERSION else "another"
+    commit = before.get("commit")
+    which = f"git commit {commit}" if commit else "its git commit is not recorded"
+    way_out = "choose another --name, or finish it with that version"
+    raise UserError(f"{folder} was begun by {age} version of nanoORZ ({which}): {way_out}")
+
+
+def code_commit():
+    """The git commit of this code, with "-dirty" if files differ from it; "" if git does not know."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def installed():
@@ -126,31 +337,167 @@ def installed():
     return sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()})
 
 
+# ---- The table of steps --------------------------------------------------------------------------------------------
+
+
+def terminal_width():
+    """The terminal's columns; 110 where the output goes to a file."""
+    return shutil.get_terminal_size((110, 24)).columns
+
+
+def fitting_columns(columns, cells, width):
+    """Those of the columns for which `cells` has a metric, the first ones that fit into `width` characters."""
+    fitting = []
+    for column in columns:
+        if column.metric in cells:
+            width -= column.width
+            if width < 0:
+                break
+            fitting.append(column)
+    return fitting
+
+
+def header(columns):
+    return "".join(column.title.rjust(column.width) for column in columns)
+
+
+def table_row(columns, cells):
+    """A row of a table; "-" stands for a number that does not exist."""
+    row = ""
+    for column in columns:
+        value = cells.get(column.metric)
+        text = "-" if value is None else column.format.format(value)
+        row += f" {text}".rjust(column.width)
+    return row
+
+
+def minutes_left(step, last_step, first_step, seconds_since_first):
+    """Minutes until last_step, as fast as since first_step; None at first_step, where nothing has been measured."""
+    if step == first_step:
+        return None
+    seconds_per_step = seconds_since_first / (step - first_step)
+    return seconds_per_step * (last_step - step) / 60
+
+
+def find_warnings(metrics, previous_drift_means):
+    """Signs that the policy has stopped learning, or that the learner and vLLM compute different log-probs."""
+    found = []
+    if metrics.get("entropy", 1.0) < 0.002:
+        found.append("COLLAPSE? entropy near zero")
+    if metrics.get("accuracy", metrics.get("reward")) in (0.0, 1.0):
+        found.append("COLLAPSE? all rewards equal")
+    if metrics.get("cut_off", 0.0) > 0.5:
+        found.append("COLLAPSE? responses at the length limit")
+    if warning := drift_warning(metrics.get("drift_mean"), previous_drift_means):
+        found.append(warning)
+    return found
+
+
+def drift_warning(drift_mean, previous_drift_means):
+    """A warning if the drift is over three times the median of the ten steps before; None before there are ten."""
+    last_ten = previous_drift_means[-10:]
+    if drift_mean is None or len(last_ten) < 10:
+        return None
+    median = statistics.median(last_ten)
+    if drift_mean <= 3 * median:
+        return None
+    return f"DRIFT? {drift_mean:.1e} is over three times {median:.1e}, the median of the last ten steps"
+
+
+# ---- The last lines ------------------------------------------------------------------------------------------------
+
+
+def first_and_last_accuracy(rows):
+    """For each data set the accuracy in its first evaluation, and in its last one if there were several."""
+    accuracies = {}
+    for row in rows:
+        for name, result in row.get("eval", {}).items():
+            accuracies.setdefault(name, []).append(f"{result['accuracy']:.1%}")
+    return {name: " → ".join(shown[:1] + shown[1:][-1:]) for name, shown in accuracies.items()}
+
+
+def next_commands(cfg, program, argv, step, checkpoint):
+    """Commands for what may come next, as (purpose, words of the command) each.
+
+    program holds the words that started launch.py, argv its arguments; step is the last that is finished, and
+    checkpoint the step of a checkpoint, or None.
+    """
+    python = program[0]
+    folder = short_path(f"{cfg.out_dir}/{cfg.name}")
+    commands = []
+    if step > 0:
+        plot = [python, short_path(TOOLS / "plot.py"), folder]
+        commands.append(("draw its curves; with several folders, the curves of several runs", plot))
+    if checkpoint:
+        export = [python, short_path(TOOLS / "export.py"), folder, str(checkpoint)]
+        commands.append((f"export the checkpoint of step {checkpoint} as Hugging Face folders", export))
+    if step > 0 and cfg.eval_data:
+        # An evaluation alone does not allow what these settings may say.
+        arguments = with_settings(argv, steps=None, critic_model=None, kl_coef=None, eval_every=None)
+        name = f"{cfg.name}_evaluation"
+        arguments = with_settings(arguments, eval_only=True, model=f"{folder}/policy", name=name)
+        commands.append(("evaluate the policy", [*program, *arguments]))
+    if step < cfg.steps:
+        commands.append(("continue this run: the same command", [*program, *argv]))
+    elif step > 0:
+        longer = with_settings(argv, steps=2 * step)
+        commands.append(("continue this run for as many steps again", [*program, *longer]))
+    anew = with_settings(argv, name=f"{cfg.name}_2")
+    return [*commands, ("start anew in another folder", [*program, *anew])]
+
+
+def with_settings(argv, **settings):
+    """The arguments with each of these settings in place of what they said of it. None leaves a setting out."""
+    kept = []
+    for argument in argv:
+        key = argument.removeprefix("--").partition("=")[0]
+        if key not in settings:
+            kept.append(argument)
+    return kept + [f"--{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def short_path(path):
+    """The path as seen from the current folder, if it lies inside it."""
+    path = str(path)
+    return path.removeprefix(os.getcwd() + "/")
+
+
+def shell_text(command, width):
+    """The words of a command as the shell reads them, in lines of at most `width` characters where the words allow it."""
+    text = line = ""
+    for word in map(shlex.quote, command):
+        if line and len(f"{line} {word} \\") > width:
+            text += f"{line} \\\n"
+            line = "   "
+        line = f"{line} {word}" if line else word
+    return text + line
+
+
+# ---- Texts ---------------------------------------------------------------------------------------------------------
+
+
 def sample_line(sample, question):
-    """A response as a line of samples/: with its question, token ids and reward. Workers write theirs: 8,192 take 3 s."""
+    """A response as a line of samples/*.jsonl: with its question, its token ids and how it was graded.
+
+    The Workers call this, each for its own responses: the 8,192 of a step of ORZ's take 3 s.
+    """
     row = vars(sample) | {"response": sample.text} | question._asdict()
-    shown = {name: value for name, value in row.items() if name not in ("logprobs", "text", "line")}
-    return json.dumps(shown, default=lambda ids: ids.tolist()) + "\n"
-
-
-def metrics_line(name, metrics):
-    """The metrics of a step or of a set in one line, under the names of metrics.jsonl; what was not measured is left out."""
-    shown = {f"eval[{data}]": result["accuracy"] for data, result in metrics.get("eval", {}).items()}
-    shown |= {metric: metrics[metric] for metric in LINE if metrics.get(metric) is not None}
-    parts = [f"{key} {value:,.0f}" if value >= 100 else f"{key} {value:.3g}" for key, value in shown.items()]
-    parts += [f"{phase} {value:.1f}s" for phase, value in metrics.get("seconds", {}).items() if value >= 0.05]
-    parts += [f"COLLAPSE? {cause}" for cause, seen in COLLAPSE.items() if seen(metrics)]
-    return "  ".join([name, *parts])
+    for name in ("logprobs", "text", "line"):
+        row.pop(name, None)
+    return json.dumps(row, default=lambda ids: ids.tolist()) + "\n"
 
 
 def flatten(metrics, prefix=""):
     """{"eval": {"a": 1}, "b": None} → {"eval/a": 1}."""
     flat = {}
     for name, value in metrics.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-    return {name: value for name, value in flat.items() if value is not None}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
 
 
 def printable(text):
-    """Control characters and terminal escapes made visible, so that a model's output cannot steer the terminal."""
+    """The text with control characters and escapes made visible, so that a model's output cannot steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

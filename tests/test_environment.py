@@ -14,6 +14,9 @@ import sys
 import pytest
 from test_launch import DEADLINE, ROOT, left_behind
 
+from configs.load import load
+from log import Log
+
 GOOD = '{"question": "1+1", "answer": "2"}\n'
 TINY = ROOT / "data/tiny"
 
@@ -64,8 +67,14 @@ def folder(tmp, name, *files):
 
 
 def other_run(tmp):
-    settings = {"seed": 7, "steps": 3}
-    (folder(tmp, "runs/tiny") / "config.json").write_text(json.dumps(settings))
+    """The folder of a run with another seed, as Log makes it."""
+    out_dir = f"--out_dir={tmp}/runs"
+    Log(load([str(ROOT / "configs/tiny.py"), "--seed=7", out_dir])).metrics.close()
+    return ["configs/tiny.py"]
+
+
+def older_run(tmp):
+    shutil.copytree(ROOT / "tests/old_run", tmp / "runs/tiny")
     return ["configs/tiny.py"]
 
 
@@ -149,6 +158,7 @@ LIGHT = {
         "is no run",
     ),
     "another run's folder": (other_run, "seed=7"),
+    "an older version's run": (older_run, "begun by an older version of nanoORZ"),
 }  # fmt: skip
 
 # What only shows once transformers, Ray or vLLM have looked.

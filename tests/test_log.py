@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,18 @@ import numpy as np
 import psutil
 import pytest
 
-from configs.load import ROOT, UserError
+from configs.load import ROOT, UserError, load
 from data.load import Question
-from log import Log, metrics_line, printable, sample_line
+from log import (
+    RUN_VERSION,
+    Log,
+    drift_warning,
+    minutes_left,
+    next_commands,
+    printable,
+    sample_line,
+    shell_text,
+)
 from tools import plot
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\x00c\rd\x9b31me\u202ef\ud800g"
@@ -40,11 +50,13 @@ METRICS = {
 
 
 def settings(tmp_path, **more):
-    return SimpleNamespace(**{"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, **more})
+    own = {"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, "steps": 20, "eval_samples": 8}
+    return SimpleNamespace(**own | more)
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
     run = Log(settings(tmp_path))
     run.cut(0)
     yield run
@@ -86,28 +98,6 @@ def test_tensorboard_holds_the_same_numbers(run):
     assert not {"clipfrac_low", "response_tokens_right", "step"} & names
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(3, 0.25), (4, 0.75)]
     assert [(event.step, event.value) for event in events.Scalars("eval/math/accuracy")] == [(3, 0.5)]
-
-
-def test_step_line_shows_what_was_measured():
-    """A number that does not exist is shown as 0."""
-    line = metrics_line("step 3", METRICS | {"tokens_per_second": 12345.6})
-    parts = line.split("  ")
-    assert parts[:2] == ["step 3", "eval[math] 0.5"]
-    assert {
-        "reward 0.25",
-        "v_loss 0.25",
-        "drift_max 2e-06",
-        "tokens_per_second 12,346",
-    } <= set(parts)
-    assert {
-        "response_tokens 1,234",
-        "cut_off 0.125",
-        "entropy 0.5",
-        "drift_mean 1e-07",
-        "generate 1.5s",
-    } <= set(parts)
-    assert "pack" not in line and "\n" not in line
-    assert metrics_line("step 0", {"step": 0, "seconds": {}}) == "step 0"
 
 
 def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
@@ -184,6 +174,240 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     assert plot.main([str(run.dir.parent / "none")]) == 2
 
 
+# ---- The tables ----------------------------------------------------------------------------------------------------
+
+
+def tables(text):
+    """The rows of all printed tables as {title: text}, each by the header above it."""
+    rows, titles = [], []
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] in (["step"], ["set"]):
+            titles = words
+        elif len(words) == len(titles) > 0:
+            rows.append(dict(zip(titles, words)))
+    return rows
+
+
+def test_tables_show_what_was_measured(run, capsys):
+    """A number that does not exist is shown as 0, or a share as 0.125 beside another as 12.5%."""
+    run.step(METRICS | {"tokens_per_second": 12345.6})
+    evaluation, row = tables(capsys.readouterr().out)
+    assert evaluation == {"set": "math", "accuracy": "50.0%", "cut_off": "0.0%"}
+    assert row == {
+        "step": "3/20",
+        "min.left": "-",
+        "reward": "0.250",
+        "length": "1,234.5",
+        "cut_off": "12.5%",
+        "entropy": "0.5000",
+        "v_loss": "0.2500",
+        "expl.var": "-",
+        "drift": "1.0e-07",
+        "tokens/s": "12,346",
+        "generate": "1.5s",
+        "policy": "0.5s",
+    }
+    run.step({"step": 0, "seconds": {}})
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluation_of_several_sets(run, capsys):
+    """The mean over all sets has no standard error: its numbers move under the titles of their neighbours."""
+    scores = {
+        "accuracy": 0.5,
+        "pass_at_k": 1.0,
+        "majority_at_k": 0.625,
+        "response_tokens": 40.0,
+        "cut_off": 0.0,
+    }
+    run.step({"step": 0, "eval": {"a": {"accuracy_stderr": 0.01} | scores, "overall": scores}, "seconds": {}})
+    out = capsys.readouterr().out
+    assert "evaluation after step 0: k = 8 samples per question" in out
+    first, overall = tables(out)
+    assert first["stderr"] == "±1.0%" and overall["stderr"] == "-"
+    for row in (first, overall):
+        assert (row["pass@k"], row["majority@k"], row["length"]) == ("100.0%", "62.5%", "40.0")
+
+
+def test_reward_is_shown_where_it_is_not_the_accuracy(run, capsys):
+    """The same number stands in two columns; or a shaped reward is taken for the accuracy, or not shown at all."""
+    metrics = {"step": 1, "accuracy": 1 / 3, "reward": float(np.float32(1 / 3)), "seconds": {}}
+    run.step(metrics)
+    run.step(metrics | {"step": 2, "reward": -0.5})
+    equal, shaped = tables(capsys.readouterr().out)
+    assert equal["accuracy"] == "33.3%" and "reward" not in equal
+    assert shaped["accuracy"] == "33.3%" and shaped["reward"] == "-0.500"
+
+
+def test_header_comes_again(run, capsys):
+    """After a page of numbers nobody knows what they are; or after other columns the old header stays in force."""
+    metrics = {name: value for name, value in METRICS.items() if name != "eval"}
+    for step in range(1, 46):
+        run.step(metrics | {"step": step})
+    lines = capsys.readouterr().out.splitlines()
+    assert [number for number, line in enumerate(lines) if "min.left" in line] == [0, 21, 42]
+    run.step(METRICS | {"step": 46})  # an evaluation stands between the header and the row
+    lines = capsys.readouterr().out.splitlines()
+    assert "min.left" in lines[-2] and lines[-1].split()[0] == "46/20"
+    run.step({"step": 47, "reward": 0.5, "seconds": {}})
+    assert capsys.readouterr().out.splitlines()[0].split() == ["step", "min.left", "reward"]
+
+
+def test_tables_fit_the_terminal(tmp_path, capsys, monkeypatch):
+    """Rows that wrap cannot be read: a narrower terminal shows fewer columns, the most important ones."""
+    run = Log(settings(tmp_path, steps=1000, eval_samples=16))
+    run.cut(0)
+    large = {"accuracy": 1.0, "reward": -0.125, "response_tokens": 12345.6, "cut_off": 1.0, "tokens": 10**8}
+    large |= {"entropy": 12.3456, "v_loss": 1.2345, "explained_var": -99.99, "drift_mean": 1e-10}
+    large |= {
+        "tokens_per_second": 123456.7,
+        "seconds": {"generate": 9999.9, "critic": 999.9, "policy": 999.9},
+    }
+    scores = {"accuracy_stderr": 0.1, "pass_at_k": 1.0, "majority_at_k": 1.0}
+    shown = {}
+    for width in (110, 80, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for step in (999, 1000):
+            run.step(large | {"step": step, "eval": {"gpqa_diamond": large | scores}})
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= width
+        rows = tables(out)
+        assert rows[1]["step"] == "999/1000"
+        shown[width] = [list(row) for row in rows[:2]]
+    run.metrics.close()
+    for table in (0, 1):
+        for narrow, wide in ((60, 80), (80, 110)):
+            assert shown[narrow][table] == shown[wide][table][: len(shown[narrow][table])]
+    assert len(shown[80][0]) == 7 and "drift" in shown[110][1] and "v_loss" in shown[80][1]
+
+
+def test_a_run_without_reward_shaping_fits_110_columns_whole(run, capsys):
+    """The last columns, the seconds of the learners, are cut off in the terminal that the table was made for."""
+    seconds = {"generate": 1.0, "critic": 1.0, "policy": 1.0}
+    run.step(METRICS | {"accuracy": 0.25, "tokens_per_second": 1.0, "seconds": seconds, "eval": {}})
+    header, _ = capsys.readouterr().out.splitlines()
+    assert len(header) <= 110 and header.split()[-3:] == ["generate", "critic", "policy"]
+
+
+def test_minutes_left(run, capsys):
+    """The time before the first step counts as a step's, or a run that goes on at step 900 divides by 900."""
+    assert minutes_left(901, 1000, first_step=901, seconds_since_first=0.1) is None
+    assert minutes_left(911, 1000, first_step=901, seconds_since_first=600.0) == 89.0
+    assert minutes_left(1000, 1000, first_step=901, seconds_since_first=5940.0) == 0.0
+    run.step({"step": 5, "seconds": {}})
+    run.step({"step": 6, "seconds": {}})
+    first, second = tables(capsys.readouterr().out)
+    assert first["min.left"] == "-" and float(second["min.left"]) >= 0
+
+
+def test_drift_warning(run, capsys):
+    """vLLM and the learner part from each other, step by step, and nobody looks at the column."""
+    ten = [0.01] * 5 + [0.02] * 5  # the median is 0.015
+    assert drift_warning(0.045, ten) is None
+    assert drift_warning(0.0451, ten).startswith("DRIFT? 4.5e-02 is over three times 1.5e-02")
+    assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
+    assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
+    assert drift_warning(None, ten) is None
+    run.step({"step": 0, "drift_mean": None, "seconds": {}})
+    for step in range(1, 12):
+        run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
+    assert "DRIFT?" not in capsys.readouterr().out
+    run.cut(11)  # a run that goes on knows the steps before
+    run.step({"step": 12, "drift_mean": 0.04, "seconds": {}})
+    row, warning = capsys.readouterr().out.splitlines()[-2:]
+    assert row.split()[0] == "12/20" and warning.strip().startswith("DRIFT? 4.0e-02")
+
+
+def test_only_a_terminal_gets_bold_type(run, capsys, monkeypatch):
+    """Escape sequences in a log file; or an evaluation that cannot be told from the steps around it."""
+    run.step(METRICS)
+    assert "\x1b" not in capsys.readouterr().out
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        run.step(METRICS | {"step": 4})
+        shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert "\x1b[1m" in shown and shown.count("\x1b[1m") == shown.count("\x1b[0m")
+
+
+# ---- The first lines and the last ----------------------------------------------------------------------------------
+
+
+def test_first_lines_say_what_runs(run, capsys):
+    """An hour is spent on the wrong model, with a tenth of the samples, or into another folder."""
+    sizes = {"prompts_per_step": 64, "samples_per_prompt": 16, "max_response_tokens": 96}
+    for name, value in (sizes | {"model": "some/model", "workers": 8, "tensor_parallel": 4}).items():
+        setattr(run.cfg, name, value)
+    run.start(0, 1619072, SimpleNamespace(train=[None] * 4096, eval={"math": [None] * 512}))
+    out = capsys.readouterr().out
+    for words in (
+        str(run.dir),
+        "from step 1 of 20",
+        "some/model: 1,619,072 parameters learn",
+        "8, 4 per vLLM engine",
+    ):
+        assert words in out
+    assert "4,096 for training, 512 held out in math" in out
+    assert "64 questions x 16 samples = 1,024 responses" in out and "= 98,304 tokens" in out
+    run.cfg.steps = 0
+    run.start(0, 0, SimpleNamespace(train=[], eval={"math": [None] * 512}))
+    out = capsys.readouterr().out
+    assert "evaluation only" in out and "0 parameters learn" in out and "each step" not in out
+
+
+def test_last_lines_say_what_was_reached(run, capsys):
+    """The result of a week scrolled away a day ago."""
+    for step, accuracy in ((0, 0.1), (10, 0.3), (20, 0.25)):
+        run.step({"step": step, "eval": {"a": {"accuracy": accuracy}}, "seconds": {"eval": 30.0}})
+    run.cfg.eval_data = ["a.jsonl"]
+    (run.dir / "checkpoints/step_10").mkdir(parents=True)
+    (run.dir / "checkpoints/step_20").mkdir()
+    capsys.readouterr()
+    run.end("stopped by SIGTERM", 20, sys.orig_argv[1:])
+    out = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
+    assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
+    assert "export the checkpoint of step 10" in out  # the best one
+
+
+ARGUMENTS = [
+    "--workers=2",
+    "--steps=20",
+    "--eval_every=-1",
+    "--prompt_template={question}\nThink, it's worth it:",
+]
+
+
+@pytest.mark.parametrize("step", [0, 7, 20])
+def test_commands_can_be_given_as_they_stand(tmp_path, step):
+    """The command for what comes next has a setting that is refused, names another run, or breaks in the shell."""
+    argv = [str(ROOT / "configs/tiny.py"), f"--out_dir={tmp_path}", *ARGUMENTS]
+    cfg = load(argv)
+    commands = dict(next_commands(cfg, ["python", "launch.py"], argv, step, checkpoint=step or None))
+    for command in commands.values():
+        text = shell_text(command, 100)
+        assert max(map(len, text.splitlines())) <= 100
+        words = subprocess.check_output(f"printf '%s\\0' {text}", shell=True, text=True)
+        assert words.split("\0")[:-1] == command
+        if command[1] == "launch.py":
+            assert vars(load(command[2:]))["out_dir"] == str(tmp_path)
+        else:
+            assert Path(command[1]).is_file() and command[2] == f"{tmp_path}/tiny"
+    anew = load(commands["start anew in another folder"][2:])
+    assert vars(anew) == vars(cfg) | {"name": "tiny_2"}
+    names = [name.split(":")[0] for name in commands]
+    assert ("continue this run" in names) == (step < 20)
+    if step == 20:
+        again = load(commands["continue this run for as many steps again"][2:])
+        assert vars(again) == vars(cfg) | {"steps": 40}
+    if step:
+        alone = load(commands["evaluate the policy"][2:])
+        assert alone.eval_only and alone.model == f"{tmp_path}/tiny/policy" and alone.eval_every > 0
+        assert (alone.name, alone.prompt_template) == ("tiny_evaluation", cfg.prompt_template)
+
+
 # ---- Texts ---------------------------------------------------------------------------------------------------------
 
 
@@ -235,12 +459,15 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
         ({"reward": 0.0}, "all rewards equal"),
         ({"reward": 1.0}, "all rewards equal"),
         ({"cut_off": 0.7}, "responses at the length limit"),
+        ({"accuracy": 0.0, "reward": -0.5}, "all rewards equal"),
+        ({"accuracy": 0.5, "reward": 0.0}, None),
     ],
 )
-def test_collapse_is_called_by_name(change, name):
+def test_collapse_is_called_by_name(run, capsys, change, name):
     """A policy that says one thing for ever looks like any other line of numbers."""
-    line = metrics_line("step 3", METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
-    assert ("COLLAPSE? " + name in line) if name else ("COLLAPSE" not in line)
+    run.step(METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ("COLLAPSE? " + name in last) if name else ("COLLAPSE" not in last)
 
 
 # ---- The folder ----------------------------------------------------------------------------------------------------
@@ -273,11 +500,81 @@ def test_existing_folder_is_left_alone(tmp_path):
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
+OLD_RUN = (
+    ROOT / "tests/old_run"
+)  # made by commit 028e8cd with configs/tiny.py; its list of versions was shortened
+
+
+def recorded(folder, **changes):
+    """Write these values into the settings that the folder records; None removes a setting."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (None, "begun by an older version of nanoORZ (its git commit is not recorded)"),  # as it was stored
+        ({"run_version": RUN_VERSION - 1}, "begun by an older version of nanoORZ (git commit abc123)"),
+        ({"run_version": RUN_VERSION + 1}, "begun by another version of nanoORZ (git commit abc123)"),
+        (
+            {"eval_top_p": None},
+            "begun by another version of nanoORZ (git commit abc123)",
+        ),  # base.py gained one
+        ({"value_norm": True}, "begun by another version of nanoORZ (git commit abc123)"),  # base.py lost one
+        ({"run_version": None, "seed": 7}, "begun by an older version of nanoORZ"),  # not "a run with seed=7"
+        ({"seed": 7}, "is a run with seed=7"),
+        ({}, None),
+    ],
+)
+def test_run_of_another_version_is_refused(tmp_path, changes, words):
+    """An older run goes on under settings that it never had, or ends in a KeyError or in a riddle: "with seed=None"."""
+    cfg = load([str(ROOT / "configs/tiny.py"), f"--out_dir={tmp_path}", "--name=a"])
+    if changes is None:
+        shutil.copytree(OLD_RUN, tmp_path / "a")
+    else:
+        Log(cfg).metrics.close()
+        recorded(tmp_path / "a", **{"commit": "abc123"} | changes)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    if words is None:
+        Log(cfg).metrics.close()
+        return
+    with pytest.raises(UserError) as refusal:
+        Log(cfg)
+    message = str(refusal.value)
+    assert words in message and "choose another --name" in message and "\n" not in message
+    assert ("finish it with that version" in message) == ("begun" in words)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", "\x00"])
+def test_settings_that_cannot_be_read(tmp_path, text):
+    """config.json was edited by hand, or is another program's: a traceback."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text(text)
+    with pytest.raises(
+        UserError, match="config.json does not hold the settings of a run: choose another --name"
+    ):
+        Log(settings(tmp_path))
+
+
+def test_folder_holds_the_version(run):
+    """Nobody knows which code began a run, and its folder cannot be told from one of later code."""
+    found = json.loads((run.dir / "config.json").read_text())
+    assert found["run_version"] == RUN_VERSION
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    commit = found["commit"].removesuffix("-dirty")
+    assert head.startswith(commit) and bool(commit) == bool(head)
+
+
 def test_one_process_at_a_time(run, tmp_path):
     """The same command started twice: two runs write into the same files; or the second leaves its settings there."""
     with pytest.raises(UserError, match="another process is at work in it"):
         Log(settings(tmp_path, steps=9))
-    assert "steps" not in json.loads((run.dir / "config.json").read_text())
+    assert json.loads((run.dir / "config.json").read_text())["steps"] == 20
 
 
 def test_only_a_new_folder_is_discarded(run, tmp_path):
