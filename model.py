@@ -18,6 +18,7 @@ Shapes: T tokens of a pack, N response tokens of it, B samples, K the sum of the
 """
 
 import glob
+import inspect
 import os
 import re
 
@@ -42,14 +43,13 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D]
     key, value = key[pack["keys"]], value[pack["keys"]]  # [K, A_kv, D]
-    how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    grouped = key.shape[1] != query.shape[1]  # several query heads share a key head
     spans, longest = (pack["cu_seqlens_q"], pack["cu_seqlens_k"]), pack["max_seqlen"]
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
 
-        # tokens seen to the left and to the right; here, too, the last query stands at the last key
-        how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
+        options = varlen_options(varlen_attn, scaling, grouped, sliding_window)
+        return varlen_attn(query, key, value, *spans, longest, longest, **options)[None], None
 
     # CPU, and fp32, which FlashAttention does not take: pad on the right, where a causal query never looks.
     places = torch.arange(longest, device=query.device)  # [L]
@@ -65,8 +65,22 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
         return out.transpose(1, 2)  # [B, A, L, D]
 
     query, key, value = padded(query, queries), padded(key, keys), padded(value, keys)
-    out = F.scaled_dot_product_attention(query, key, value, mask[:, None], **how)  # [B, A, L, D]
+    options = {"scale": scaling, "enable_gqa": grouped}
+    out = F.scaled_dot_product_attention(query, key, value, mask[:, None], **options)  # [B, A, L, D]
     return out.transpose(1, 2)[places < queries][None], None  # [1, T, A, D]
+
+
+def varlen_options(varlen_attn, scaling, grouped, sliding_window):
+    """Keyword arguments of torch's `varlen_attn`, by which it computes what packed_attention's docstring says.
+
+    `enable_gqa` is left out where the function does not have it: torch 2.11 takes grouped heads as they are, torch 2.13
+    refuses them without it.
+    """
+    # Tokens seen to the left and to the right. Here, too, the last query stands at the last key.
+    options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = grouped
+    return options
 
 
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
