@@ -31,6 +31,7 @@ from configs.load import ROOT, UserError, load
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log, installed, sample_line
 from reward import Grader, extract_answer, response_stats
+from tools import gpu_machine
 
 
 def train(cfg, workers, tasks, log):
@@ -202,6 +203,8 @@ class Worker:
                 raise FileNotFoundError(f"node {here} does not see {folder}")
         if lacking := sorted({*self.cfg.versions} - {*installed()}):
             raise ImportError(f"node {here} has not the driver's packages: {', '.join(lacking[:9])}")
+        if ray.get_gpu_ids():
+            gpu_machine.check_worker(here)
         for stream in (1, 2):
             os.dup2(os.open(logs / f"worker_{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
         mine, visible = str((ray.get_gpu_ids() or [0])[0]), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -440,6 +443,10 @@ def worker_env(cfg, on_gpu):
     # vLLM's engine in this process; nothing reported to anyone; the driver has fetched what there is to fetch
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    # torch would start up to 32 compiling processes in each Worker when it is imported.
+    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    # With tensor parallel vLLM would compile FlashInfer's all-reduce where it finds nvcc, which takes minutes.
+    env["VLLM_ALLREDUCE_USE_FLASHINFER"] = "0"
     if on_gpu:
         # Ray would show a Worker its own GPU only, while vLLM's peer checks ask about its neighbours.
         return env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
