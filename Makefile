@@ -36,6 +36,7 @@ lines: $(TESTS)/installed
 	@$(PYTHON) -c 'import platform, sys; sys.exit(0 if sys.platform == "linux" and platform.machine() == "x86_64" and \
 	sys.version_info[:2] in ((3, 11), (3, 12)) else "error: this needs Linux on x86-64 and Python 3.11 or 3.12, not " \
 	+ platform.platform() + ", Python " + platform.python_version() + "; name one with make PYTHON=python3.12 …")'
+	@$(if $(filter requirements.txt,$(lastword $(FLAGS))),$(PYTHON) tools/gpu_machine.py)
 	@echo "installing $(lastword $(FLAGS)) into $(@D): a few minutes, once"
 	@$(PYTHON) -m venv $(@D)
 	@$(INSTALL) 2>$(@D)/pip.log || $(INSTALL) $(if $(filter --no-deps,$(FLAGS)),--extra-index-url https://download.pytorch.org/whl/cpu)

@@ -5,10 +5,10 @@ Out:  one number per response token: log π(a_t|s_t) and the entropy of π(·|s_
 
     input_ids   p p r r r r r r p p p r r     [T]  samples a and b of one question, c of another: prompts p, responses r
                 a         b     c
-    sample      its queries, what it adds      its keys, all its tokens      positions: s_t ends here
-    a           0 1 2 3 4                      0 1 2 3 4                     1 2 3
-    b           5 6 7                          0 1 5 6 7                     1 5 6
-    c           8 9 10 11 12                   8 9 10 11 12                  10 11
+    sample      its queries, what it adds      key_index: all its tokens     state_index: s_t ends here
+    a           0 1 2 3 4                      0 1 2 3 4                      1 2 3
+    b           5 6 7                          0 1 5 6 7                      1 5 6
+    c           8 9 10 11 12                   8 9 10 11 12                   10 11
 
 Both are Hugging Face models (any architecture with a plain linear head) whose attention sees one sample at a time and
 whose vocabulary projection is never materialised as [N, V]. This file knows nothing of PPO, Ray or vLLM.
@@ -18,6 +18,7 @@ Shapes: T tokens of a pack, N response tokens of it, B samples, K the sum of the
 """
 
 import glob
+import inspect
 import os
 import re
 
@@ -40,33 +41,65 @@ def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=N
     query [1, A, T, D], key and value [1, A_kv, T, D]; returns [1, T, A, D] and no weights. A sample's last query stands at
     its last key.
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D], [T, A_kv, D]
     key, value = key[pack["key_index"]], value[pack["key_index"]]  # [K, A_kv, D]
-    how = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    spans, longest = (pack["cu_seqlens_q"], pack["cu_seqlens_k"]), pack["max_seqlen"]
+    is_grouped = key.shape[1] != query.shape[1]  # several query heads share a key head
     if query.is_cuda and query.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # FlashAttention over cumulative lengths
+        out = flash_attention(query, key, value, scaling, pack, is_grouped, sliding_window)
+    else:  # FlashAttention takes neither CPU tensors nor fp32.
+        out = padded_attention(query, key, value, scaling, pack, is_grouped, sliding_window)
+    return out[None], None
 
-        # tokens seen to the left and to the right; here, too, the last query stands at the last key
-        how["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(query, key, value, *spans, longest, longest, **how)[None], None
 
-    # CPU, and fp32, which FlashAttention does not take: pad on the right, where a causal query never looks.
+def flash_attention(query, key, value, scaling, pack, is_grouped, sliding_window):
+    """query [T, A, D], key and value [K, A_kv, D] → [T, A, D], by torch's FlashAttention over cumulative lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = varlen_options(varlen_attn, scaling, is_grouped, sliding_window)
+    cu_seqlens_q, cu_seqlens_k = pack["cu_seqlens_q"], pack["cu_seqlens_k"]
+    longest = pack["max_seqlen"]
+    return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, longest, longest, **options)
+
+
+def varlen_options(varlen_attn, scaling, is_grouped, sliding_window):
+    """Keyword arguments of torch's `varlen_attn`, by which it computes what packed_attention's docstring says.
+
+    `enable_gqa` is left out where the function does not have it: torch 2.11 takes grouped heads as they are, torch 2.13
+    refuses them without it.
+    """
+    # Tokens seen to the left and to the right. Here, too, the last query stands at the last key.
+    num_left = sliding_window - 1 if sliding_window else -1
+    options = {"scale": scaling, "window_size": (num_left, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = is_grouped
+    return options
+
+
+def padded_attention(query, key, value, scaling, pack, is_grouped, sliding_window):
+    """As flash_attention, with samples padded on the right, where a causal query never looks."""
+    longest = pack["max_seqlen"]  # L
     places = torch.arange(longest, device=query.device)  # [L]
-    queries, keys = (cu_seqlens.diff()[:, None] for cu_seqlens in spans)  # [B, 1] each
-    # the last key that a query sees
-    newest = (places + keys - queries).clamp(max=longest - 1)[..., None]  # [B, L, 1]
-    mask = (places <= newest) & (places > newest - (sliding_window or longest))  # [B, L, L]
+    num_queries = pack["cu_seqlens_q"].diff()[:, None]  # [B, 1]
+    num_keys = pack["cu_seqlens_k"].diff()[:, None]  # [B, 1]
+    newest_key = (places + num_keys - num_queries).clamp(
+        max=longest - 1
+    )  # [B, L]: the last that a query sees
+    newest_key = newest_key[..., None]  # [B, L, 1]
+    mask = (places <= newest_key) & (places > newest_key - (sliding_window or longest))  # [B, L, L]
+    is_query, is_key = places < num_queries, places < num_keys  # [B, L] each
+    query, key, value = pad(query, is_query), pad(key, is_key), pad(value, is_key)  # [B, A, L, D]
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask[:, None], scale=scaling, enable_gqa=is_grouped
+    )
+    return out.transpose(1, 2)[is_query]  # [T, A, D]
 
-    def padded(x, lengths):
-        out = x.new_zeros(len(lengths), longest, *x.shape[1:])  # [B, L, A, D]
-        # at once: pad_sequence writes row by row, and its backward copies all for each
-        out[places < lengths] = x
-        return out.transpose(1, 2)  # [B, A, L, D]
 
-    query, key, value = padded(query, queries), padded(key, keys), padded(value, keys)
-    out = F.scaled_dot_product_attention(query, key, value, mask[:, None], **how)  # [B, A, L, D]
-    return out.transpose(1, 2)[places < queries][None], None  # [1, T, A, D]
+def pad(packed, is_real):
+    """packed [T, A, D], is_real [B, L] with T places that are true → [B, A, L, D], zeros elsewhere."""
+    padded = packed.new_zeros(*is_real.shape, *packed.shape[1:])  # [B, L, A, D]
+    # All samples at once: pad_sequence writes row by row, and its backward pass copies everything for each row.
+    padded[is_real] = packed
+    return padded.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
@@ -75,26 +108,35 @@ ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 def token_logprobs(hidden, targets, weight, bias, temperature):
     """log softmax(h Wᵀ + b)[target] and the entropy: hidden [C, H], weight [V, H], targets [C] → both fp32 [C]."""
     logits = F.linear(hidden, weight, bias).float()  # [C, V]
-    # at 1 not divided: a copy less of the largest tensor there is
-    logits = logits if temperature == 1 else logits / temperature  # [C, V]
+    if temperature != 1:  # This would copy the largest tensor there is.
+        logits = logits / temperature
     logprobs = logits.log_softmax(-1)  # [C, V]
-    with torch.no_grad():  # it is reported, not optimised
-        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)  # H = −Σ p log p
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    with torch.no_grad():  # The entropy is reported, not optimised.
+        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)  # [C]: H = −Σ p log p
+    target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)  # [C]
+    return target_logprobs, entropy
 
 
 class LogprobHead(nn.Linear):
-    """The vocabulary projection that goes straight to log-probs, a chunk of tokens at a time; backward computes the
-    logits of all but the last again. Memory is one chunk of logits. One module, so that ZeRO-3 gathers the weight once."""
+    """The vocabulary projection that goes straight to log-probs, a chunk of tokens at a time.
+
+    The backward pass computes the logits of all chunks but the last again, so that memory is that of one chunk. This is
+    one module, so that ZeRO-3 gathers its weight once.
+    """
 
     def forward(self, hidden, targets, temperature):
         """hidden [N, H], targets [N] → log-probs and entropy, both fp32 [N]."""
-        size = max(1, MAX_LOGITS // len(self.weight))
-        *chunks, last = zip(hidden.split(size), targets.split(size))
-        fixed = (self.weight, self.bias, temperature)
-        results = [checkpoint(token_logprobs, h, t, *fixed, use_reentrant=False) for h, t in chunks]
-        results.append(token_logprobs(*last, *fixed))  # backward begins here: these may as well stay
-        return tuple(map(torch.cat, zip(*results)))
+        chunk_size = max(1, MAX_LOGITS // len(self.weight))
+        chunks = list(zip(hidden.split(chunk_size), targets.split(chunk_size)))
+        rest = (self.weight, self.bias, temperature)
+        results = []
+        for chunk in chunks[:-1]:
+            results.append(checkpoint(token_logprobs, *chunk, *rest, use_reentrant=False))
+        results.append(
+            token_logprobs(*chunks[-1], *rest)
+        )  # The backward pass begins here: nothing is gained by less.
+        logprobs, entropies = zip(*results)
+        return torch.cat(logprobs), torch.cat(entropies)
 
 
 class Policy(nn.Module):

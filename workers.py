@@ -32,6 +32,7 @@ from rich.progress import Progress
 from configs.load import ROOT, UserError
 from log import installed, sample_line
 from reward import Grader, response_stats
+from tools import gpu_machine
 
 
 def fits_beside_vllm(cfg, num_learned, free, total):
@@ -190,6 +191,8 @@ class Worker:
         missing = sorted(set(self.cfg.versions) - set(installed()))
         if missing:
             raise ImportError(f"node {node} has not the driver's packages: {', '.join(missing[:9])}")
+        if ray.get_gpu_ids():
+            gpu_machine.check_worker(node)
 
     def send_output_to(self, path):
         """Append what this process and its libraries print to a file, whatever language they are written in."""
@@ -564,6 +567,10 @@ def worker_environment(cfg, on_gpu):
         "VLLM_NO_USAGE_STATS": "1",  # Nothing is reported to anyone.
         "HF_HUB_OFFLINE": "1",  # The driver has fetched what there is to fetch.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        # torch would start up to 32 compiling processes in each Worker when it is imported.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # With tensor parallel vLLM would compile FlashInfer's all-reduce where it finds nvcc, which takes minutes.
+        "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     }
     if on_gpu:
         # Ray would show a Worker only its own GPU, but vLLM's peer checks ask about its neighbours.

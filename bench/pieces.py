@@ -230,7 +230,7 @@ def looped_pack(batch, indices):
     """make_pack's tensors token by token."""
     import torch
 
-    names = "input_ids position_ids keys positions targets where values".split()
+    names = "input_ids position_ids key_index state_index targets token_index values".split()
     pack, bounds = {name: [] for name in names}, {"cu_seqlens_q": [0], "cu_seqlens_k": [0]}
     prompts = {}  # question → places of its prompt
     for i in indices:
@@ -241,16 +241,16 @@ def looped_pack(batch, indices):
                 places.append(len(pack["input_ids"]))
                 pack["input_ids"].append(int(batch.tokens[begin + k]))
                 pack["position_ids"].append(k)
-            pack["keys"].append(places[k])
+            pack["key_index"].append(places[k])
             if k >= prompt_len:
                 where = int(batch.response_starts[i]) + k - prompt_len
-                pack["positions"].append(places[k - 1])
+                pack["state_index"].append(places[k - 1])
                 pack["targets"].append(int(batch.tokens[begin + k]))
-                pack["where"].append(where)
+                pack["token_index"].append(where)
                 pack["values"].append(float(batch.values[where]))
         prompts[batch.prompt_indices[i]] = places[:prompt_len]
         bounds["cu_seqlens_q"].append(len(pack["input_ids"]))
-        bounds["cu_seqlens_k"].append(len(pack["keys"]))
+        bounds["cu_seqlens_k"].append(len(pack["key_index"]))
     tensors = {name: torch.tensor(values) for name, values in pack.items()}
     return tensors | {name: torch.tensor(ends, dtype=torch.int32) for name, ends in bounds.items()}
 

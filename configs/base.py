@@ -65,7 +65,7 @@ lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
 kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
 on_nonfinite = "stop"  # or "skip", where an update is not finite and left out [x in ("stop", "skip")]
-drift_limit = 0.0  # mean |Δ log-prob| to vLLM; 0 = by dtype, -1 = off [x == -1 or x >= 0]
+drift_limit = 0.0  # mean |Δ log-prob| to vLLM that stops the run; 0 = by dtype: 0.001 in fp32, 0.2 in bf16; -1 = off [x == -1 or x >= 0]
 
 # ---- Evaluation and saving ---------------------------------------------------------------------------------
 eval_every = 10  # steps; also before the first and after the last; -1 = off [x == -1 or x > 0]

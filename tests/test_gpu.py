@@ -40,7 +40,7 @@ def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
     # samples a and b of one question, whose prompt has 3 tokens; c of another
     keys = torch.tensor([*range(10), 0, 1, 2, *range(10, 14), *range(14, 25)])
     queries, lengths = torch.tensor([0, 10, 14, 25]), torch.tensor([0, 10, 17, 28])
-    pack = {"keys": keys, "cu_seqlens_q": queries, "cu_seqlens_k": lengths}
+    pack = {"key_index": keys, "cu_seqlens_q": queries, "cu_seqlens_k": lengths}
     pack = {name: x.int() if "cu" in name else x for name, x in pack.items()} | {"max_seqlen": 11}
     results = []
     inputs = [torch.randn(1, heads, 25, 32) for heads in (4, 2, 2)]

@@ -1,10 +1,13 @@
 """The packed networks of model.py against transformers' own forward, one sequence at a time."""
 
+import inspect
+
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import model
@@ -216,3 +219,17 @@ def test_code_in_a_model_folder(tmp_path, monkeypatch):
     assert type(policy.hf).__name__ == "MineForCausalLM" and (tmp_path / "ran").exists()
     assert torch.equal(policy(pack)[0], expected)
     model.check_buffers(policy, model.plain_buffers("policy", path, torch.float32, trust=True), path)
+
+
+def test_options_of_both_torch_versions():
+    """torch 2.11's varlen_attn has no enable_gqa, torch 2.13's refuses grouped heads without it."""
+
+    def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        pass
+
+    assert model.varlen_options(torch_2_11, 0.5, True, None) == {"scale": 0.5, "window_size": (-1, 0)}
+    installed = {"scale": 0.5, "window_size": (4, 0), "enable_gqa": True}
+    assert model.varlen_options(varlen_attn, 0.5, True, 5) == installed
+    assert model.varlen_options(varlen_attn, 0.5, False, 5) == installed | {"enable_gqa": False}
+    # every option is one that this torch has
+    inspect.signature(varlen_attn).bind(*"qkvabcd", **installed)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import packing
 import ppo
+import rollout
 
 EXACT = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -377,3 +378,22 @@ def test_group_advantages_against_loops():
     advantages = ppo.group_advantages(batch, 4)
     assert advantages.dtype == np.float32
     np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_drift_message_names_causes_and_what_to_look_at():
+    """An error that says what went wrong and leaves the reader alone with it, or is longer than what launch.py prints."""
+    message = ppo.drift_message(0.2512, 14.61, 0.2)
+    assert "0.25 apart on average, 15 at most (drift_limit=0.2)" in message
+    for cause, place in (
+        ("stale weights in vLLM", "load_weights"),
+        ("dtype", "worker_0.log"),
+        ("attention", "config.json"),
+    ):
+        assert cause in message and place in message
+    assert len(f"DriftError: {message}") <= 600 and "\n" not in message
+    assert hasattr(rollout.Rollout, "load_weights")  # named in the message
+
+
+def test_drift_limits():
+    """In bf16 healthy runs of small models have 0.05: a limit of that size stops them."""
+    assert ppo.DRIFT_LIMITS == {torch.float32: 1e-3, torch.bfloat16: 0.2}
