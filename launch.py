@@ -23,7 +23,8 @@ from collections import Counter
 import numpy as np
 
 from configs.load import UserError, load
-from data.load import load_questions, local_model, read_tasks, step_questions
+from data.load import load_questions, read_tasks, step_questions
+from data.models import local_model
 from log import Log
 from reward import extract_answer
 from tools import plan
