@@ -91,6 +91,7 @@ class Log:
         settings |= {"run_version": RUN_VERSION, "commit": code_commit()}
         try:
             self.new = not files_in(self.dir)
+            self.new_parents = [folder for folder in self.dir.parents if not folder.exists()]
             check_same_run(self.dir, settings)
             self.make_folder(settings)
         except BlockingIOError:
@@ -110,11 +111,12 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, unless it was there before."""
+        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before."""
         if self.new:
             shutil.rmtree(self.dir)
-            if not os.listdir(self.dir.parent):
-                self.dir.parent.rmdir()
+            for folder in self.new_parents:
+                if not os.listdir(folder):
+                    folder.rmdir()
 
     # ---- Files -------------------------------------------------------------------------------------------------
 

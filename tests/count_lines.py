@@ -27,6 +27,7 @@ MACHINERY = [
     "configs/base.py",
     "configs/load.py",
     "data/load.py",
+    "data/models.py",
     "tools/plan.py",
 ]
 
