@@ -15,6 +15,8 @@ A Learner that waits does so in CPU memory, or on the GPU where fits_beside_vllm
 neither weights nor KV cache. This file imports torch, Ray and vLLM only inside functions.
 """
 
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -61,6 +63,19 @@ def learned_networks(cfg):
     if cfg.advantage == "gae":
         networks["critic"] = cfg.critic_model
     return networks
+
+
+# The modules that a Worker imports, and what these import of the project.
+MODULES = """workers ppo rollout model reward packing log configs.load data.load data.models tools.gpu_machine""".split()
+
+
+def own_code():
+    """The project's modules as this process finds them: name → (file, a hash of its content)."""
+    code = {}
+    for name in MODULES:
+        file = importlib.util.find_spec(name).origin
+        code[name] = (file, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    return code
 
 
 def checkpoints(cfg):
@@ -126,6 +141,10 @@ class Worker:
 
         with socket.create_server(("", 0)) as server:
             return ray.util.get_node_ip_address(), server.getsockname()[1]
+
+    def code(self):
+        """The code that this Worker runs, as own_code returns it."""
+        return own_code()
 
     def gpu_memory(self):
         """GiB of this Worker's GPU."""
@@ -379,6 +398,16 @@ class WorkerGroup:
             }
             self.handles.append(actor.options(**options).remote(cfg, rank))
         self.addresses = self.watch("address")  # (node, free port) of each
+        self.check_code()
+
+    def check_code(self):
+        """Raises UserError unless all Workers run this process's code: another reward.py would give other rewards."""
+        own = own_code()
+        for (node, _), code in zip(self.addresses, self.watch("code")):
+            for name, (file, content) in code.items():
+                if content != own[name][1]:
+                    reason = f"the Worker on {node} would run {file}, which differs from {own[name][0]} here"
+                    raise UserError(f"{reason}: give all nodes the same code")
 
     def gpu_memory(self):
         """GiB of the first Worker's GPU."""

@@ -26,6 +26,7 @@ MACHINERY = [
     "log.py",
     "configs/base.py",
     "configs/load.py",
+    "data/content.py",
     "data/load.py",
     "data/models.py",
     "tools/plan.py",
