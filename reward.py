@@ -347,6 +347,14 @@ class Grader:
         """Grade one response by ORZ's rule: 1.0 only if generation stopped by itself and the boxed answer is right."""
         return self.threads.submit(self._grade, response, reference, finish_reason, choices)
 
+    def readable(self, text: str) -> Future:
+        """Returns a Future of (readable: bool, outcome: str): whether a text can be read as a reference."""
+        return self.threads.submit(self._readable, text)
+
+    def _readable(self, text: str) -> tuple[bool, str]:
+        _, outcome = self._ask(json.dumps(["0", text, None]))
+        return outcome in ("by_number", "by_string", "by_value"), outcome
+
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[float, str]:
         answer = extract_answer(response) if finish_reason == "stop" else ""
         nothing = False, "no_answer" if finish_reason == "stop" else "cut_off"

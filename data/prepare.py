@@ -2,6 +2,8 @@
 
     python data/prepare.py orz        ORZ's questions into data/orz/, about 60 MB
     python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
+    python data/prepare.py convert openai/gsm8k --question=question --answer=answer --extract=####
+                                      what people have into this project's JSONL: see data/convert.py
 
 Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
 tests/test_recipe.py runs everything else: it fetches smaller files of the same form from a server on this machine.
@@ -38,6 +40,21 @@ def orz():
     """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte."""
     for name, (theirs, least, most) in ORZ_FILES.items():
         fetch(f"{ORZ}/{theirs}", ROOT / "data" / "orz" / name, least, most)
+
+
+def fetched(path):
+    """The data file that a setting names: it is fetched at its first use where it is one of ORZ's in data/orz/."""
+    name = os.path.basename(path)
+    place = ROOT / "data" / "orz" / name
+    if os.path.exists(path) or name not in ORZ_FILES or str(ROOT / path) != str(place):
+        return path
+    theirs, least, most = ORZ_FILES[name]
+    try:
+        fetch(f"{ORZ}/{theirs}", place, least, most)
+    except UserError as error:
+        way_out = "with a connection, `python data/prepare.py orz` fetches it"
+        raise UserError(f"{path} is not there: {error}; {way_out}") from None
+    return str(place)
 
 
 def fetch(url, path, least, most):
@@ -97,15 +114,26 @@ def smollm2():
     make_smollm2.main()
 
 
+def convert(argv):
+    """What people have, as this project's JSONL."""
+    from data.convert import convert_file, read_arguments
+
+    convert_file(read_arguments(argv))
+
+
 COMMANDS = {"orz": orz, "smollm2": smollm2}
 
 
 def main(argv):
-    if len(argv) != 1 or argv[0] not in COMMANDS:
-        print(f"usage: python data/prepare.py {'|'.join(COMMANDS)}", file=sys.stderr)
+    is_convert = argv[:1] == ["convert"]
+    if not is_convert and (len(argv) != 1 or argv[0] not in COMMANDS):
+        print(f"usage: python data/prepare.py {'|'.join(COMMANDS)}|convert SOURCE …", file=sys.stderr)
         return 2
     try:
-        COMMANDS[argv[0]]()
+        if is_convert:
+            convert(argv[1:])
+        else:
+            COMMANDS[argv[0]]()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
