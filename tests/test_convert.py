@@ -108,8 +108,9 @@ def test_rows_without_an_answer_are_counted(tmp_path, capsys):
 
 def test_parquet(tmp_path, capsys):
     reason = "pyarrow is optional: pip install -r requirements-extras.txt"
+    pyarrow = pytest.importorskip("pyarrow", reason=reason)
     parquet = pytest.importorskip("pyarrow.parquet", reason=reason)
-    table = parquet.pa.Table.from_pylist([ROW, VERL["reward_model"] | ROW])
+    table = pyarrow.Table.from_pylist([ROW, VERL["reward_model"] | ROW])
     parquet.write_table(table, tmp_path / "t")
     questions, _ = converted(tmp_path, capsys, (tmp_path / "t").read_bytes(), name="table.parquet")
     assert questions == TWO[:1] * 2
