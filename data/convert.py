@@ -104,11 +104,9 @@ def read_rows(options):
     path = options.source
     if os.path.isfile(path):
         return rows_of(Path(path).read_bytes(), path)
-    if (
-        os.path.exists(path)
-        or path.count("/") > 1
-        or Path(path).suffix in (".json", ".jsonl", ".parquet", ".csv")
-    ):
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder: name a file in it")
+    if path.count("/") > 1 or Path(path).suffix in (".json", ".jsonl", ".parquet", ".csv"):
         raise UserError(f"{path}: there is no such file")
     return hub_rows(options)
 
