@@ -200,8 +200,9 @@ def read_config(path, place, trust):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:  # whatever its file, or its own code, makes of it
-        hint = "" if trust else "; a model that comes with Python code needs --trust_remote_code=True"
-        reason = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        hint = "; to run its Python code give --trust_remote_code=True" if "trust_remote_code" in text else ""
+        reason = text[:300]
         raise UserError(f"{place}: transformers cannot read its config.json: {reason}{hint}") from None
     return config
 
@@ -320,6 +321,14 @@ def check_length(cfg, config, place):
         raise UserError(f"{place}: {reason}; give shorter ones")
 
 
+def check_heads(cfg, config, place):
+    """Raises UserError where vLLM cannot share the attention heads among the ranks of an engine."""
+    heads = config.get_text_config().num_attention_heads
+    if heads % cfg.tensor_parallel:
+        reason = f"its {heads} attention heads cannot be shared by tensor_parallel={cfg.tensor_parallel}"
+        raise UserError(f"{place}: {reason}; give a divisor of {heads}")
+
+
 def rope_factor(config):
     """By how much the scaling of rotary embeddings extends max_position_embeddings, as vLLM reckons: where the type is
     none of those for which max_position_embeddings is the extended length."""
@@ -374,7 +383,7 @@ def check_weights(kind, path, place, trust):
     parameters = dict(hf.named_parameters(remove_duplicate=False))
     sinks = [name for name in parameters if "sink" in name]
     if sinks:
-        raise UserError(f"{place}: it has attention sinks ({sinks[0]}), which cannot be trained here")
+        raise UserError(f"{place}: it cannot be trained here: it has attention sinks ({sinks[0]})")
     tensors = read_tensors(path, place)
     name_in_model = parameter_names(hf, tensors)
     for name, tensor in tensors.items():
@@ -440,6 +449,7 @@ def read_models(cfg, log):
     tokenizer = read_tokenizer(cfg, place)
     check_vocabulary(tokenizer, config, place)
     check_length(cfg, config, place)
+    check_heads(cfg, config, place)
     if cfg.eval_only:  # vLLM alone reads the model.
         return tokenizer, config
     judge_network("policy", cfg.model, config, place, cfg, log)
