@@ -52,6 +52,7 @@ SHAPES = {  # model → the values of FIELDS, from its config.json on the hub
 KEPT_WHOLE = 5 * 10**8  # parameters that each rank keeps whole between packs (ppo.py)
 REDUCED_AT_ONCE = 2 * 10**7  # elements of gradients in one reduction (ppo.py)
 MAX_LOGITS = 2**28  # elements of the logits of one chunk (model.py)
+SAMPLE_BYTES = 11  # of a token in samples/: its id in JSON, and its text (a guess)
 MAX_LIVE_PARAMETERS = 10**9  # parameters that DeepSpeed gathers at once, by default
 
 
@@ -360,11 +361,17 @@ def report(cfg, gpu_memory):
     waiting = 18 * learned / cfg.workers / GIB
     checkpoint = 12 * learned / 1e9
     at_once = cfg.keep_checkpoints + 2  # the best one, and one that is being written
+    samples = SAMPLE_BYTES * responses * sequence / 1e9
+    kept = (
+        "none is kept" if cfg.samples_every == -1 else f"every {cfg.samples_every}th is kept (samples_every)"
+    )
+    kept = "all are kept (samples_every)" if cfg.samples_every == 1 else kept
     lines += [
         f"tokens per step: at most {responses:,} x {sequence:,} = {responses * sequence:,}",
         f"packs per step: at most {packs:,}, {math.ceil(packs / cfg.workers):,} a GPU",
         f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here",
         f"disk: {checkpoint:.1f} GB a checkpoint, of which up to {at_once} exist at once",
+        f"disk: at most {samples:.1f} GB of samples/ a step, {SAMPLE_BYTES} bytes a token; {kept}",
         "",
     ]
     return "\n".join(lines)
