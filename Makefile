@@ -30,10 +30,11 @@ quick: $(TESTS)/installed
 test: $(TESTS)/installed
 	$(TESTS)/bin/python -m pytest -q --durations=10
 
-soak: $(SOAK_PARTS)
+soak:
+	@$(MAKE) --no-print-directory --keep-going $(SOAK_PARTS)  # A part that fails does not keep the others from running.
 
 soak-runs: $(TESTS)/installed
-	@echo "$@: runs that are that are stopped, continued, refused, or fill the disk: about 15 minutes"
+	@echo "$@: runs that are stopped, continued, refused, or fill the disk: about 15 minutes"
 	$(SOAK) $(RUNS) -k "not kill"
 
 soak-kills: $(TESTS)/installed
