@@ -293,6 +293,18 @@ def test_hard_questions_of_a_run(tmp_path):
     assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
 
 
+def test_rewards_do_not_say_what_is_right(tmp_path):
+    """A run with rewards of its own: a wrong answer that is paid for its form counts as solved, a right one as failed."""
+    paid = {"question": "paid for its form", "answer": "1", "reward": 0.3, "correct": False}
+    late = {"question": "right, but too long", "answer": "1", "reward": -0.5, "correct": True}
+    older = {"question": "of an older version", "answer": "1", "reward": 1.0}
+    (tmp_path / "samples").mkdir()
+    lines = [json.dumps(row) + "\n" for row in (paid, late, older) for _ in range(64)]
+    (tmp_path / "samples/step_1.jsonl").write_text("".join(lines))
+    assert mine(tmp_path).returncode == 0
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["paid for its form"]
+
+
 def test_choices_survive(tmp_path):
     """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
     write_step(tmp_path, 1, {"Which?": (64, 0)}, {"Which?!": "this", "B": "that"})

@@ -100,11 +100,10 @@ def read_shape(model):
     head_dim = config.get("head_dim") or hidden // heads
     head_params = 0 if tied else vocabulary * hidden
     shape = Shape(hidden, layers, heads, kv_heads, head_dim, feed_forward, vocabulary, head_params, params=0)
-    norms = 2 * hidden
-    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + norms)
-    shape.params += (
-        hidden + shape.embedding_params + head_params
-    )  # The first is the norm behind the last layer.
+    two_norms = 2 * hidden
+    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + two_norms)
+    last_norm = hidden
+    shape.params += last_norm + shape.embedding_params + head_params
     return shape
 
 
@@ -135,7 +134,7 @@ def num_learned(cfg, shape):
 
 
 def item(what, *factors, parts=1):
-    """One thing that a GPU holds: (its name with the arithmetic, its bytes: the product of the factors / parts)."""
+    """One thing that a GPU holds, as ("name = arithmetic", bytes): the product of the factors, divided by `parts`."""
     arithmetic = " * ".join(f"{factor:,}" for factor in factors)
     if parts > 1:
         arithmetic += f" / {parts}"
@@ -180,7 +179,7 @@ def generating(cfg, policy, gpu_memory):
     held |= [
         item("vLLM's CUDA graphs (a guess)", 2**29),
         item("vLLM's activations (a guess)", cfg.max_num_batched_tokens, size, activations),
-        item("vLLM's logits (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
+        item("vLLM's logits, three copies in fp32 (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
         item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
     ]
     tokens = cfg.max_prompt_tokens + cfg.max_response_tokens
