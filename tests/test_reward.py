@@ -94,7 +94,7 @@ def test_labelled_pairs(kind):
 def test_share_of_labels():
     """The share right, over all pairs."""
     labels = [reward.is_equal(*pair[:-2]) == pair[-2] for pair in ALL_PAIRS + CHOICE_PAIRS]
-    assert len(labels) == 701 and sum(labels) / len(labels) >= 0.99
+    assert len(labels) == 763 and sum(labels) / len(labels) >= 0.99
 
 
 NEAR = [  # what the rules for sets in words, absolute values, sentences and units must not let through, and what they must
@@ -305,7 +305,7 @@ def expressions(draw, depth=3):
 def test_rewritten_expressions_are_equal(pair):
     """Commuting, expanding and respelling does not change the verdict."""
     try:
-        defined = reward.values_at_points(*map(reward.normalise, pair))
+        defined = list(reward.values_at_points(*map(reward.normalise, pair)))
     except ValueError:
         return
     if not defined:
@@ -393,7 +393,7 @@ def equal_without_strings(reference):
         return True
     try:
         return reward.equal(text, text)
-    except (ValueError, TypeError, LookupError, LarkError):
+    except (ValueError, TypeError, LookupError, StopIteration, LarkError):
         return False
 
 
@@ -592,7 +592,7 @@ def test_hostile_answers_are_refused_cheaply(answer):
 
 # -- the pool ----------------------------------------------------------------------------------------------------
 
-SLOW = "+".join(["20000!"] * 140)  # each within the limits, all together minutes
+SLOW = "+".join(["√2!"] * 240)  # each within the limits, all together many times the limit of CPU time
 RIGHT = (1.0, "by_value")
 
 
