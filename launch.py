@@ -263,7 +263,8 @@ class Worker:
                 question, how = prompt.question, sample.finish_reason
                 rewards[index] = self.grader.submit(sample.text, question.answer, how, question.choices)
         for index, future in rewards.items():
-            samples[index].reward, samples[index].graded = future.result()
+            correct, samples[index].graded = future.result()
+            samples[index].reward = float(correct)
             samples[index].line = sample_line(samples[index], requests[index][1].question)
         ids_hash = zlib.crc32(b"".join(sample.response_ids.tobytes() for sample in samples if sample))
         return (samples if rewards else []), ids_hash

@@ -32,6 +32,7 @@ from math_verify import parse, verify  # noqa: E402
 from reward_pairs import PAIRS  # noqa: E402
 from sympy.parsing.latex import _parse_latex_antlr  # noqa: E402
 
+import equality  # noqa: E402
 import reward  # noqa: E402
 
 LIMIT = 5.0  # CPU seconds a pair may take in any system; then it counts as False, and as timed out
@@ -93,7 +94,7 @@ def math_verify(answer, reference):
     return verify(gold, mine)
 
 
-SYSTEMS = {"this": reward.is_equal, "math-verify": math_verify, "orz": orz}
+SYSTEMS = {"this": equality.is_equal, "math-verify": math_verify, "orz": orz}
 
 
 # -- measurement -------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def by_stage():
     """Times of this grader by the stage that decides."""
     times = {}
     for pair in (pair for pairs in PAIRS.values() for pair in pairs):
-        (_, stage), ms = limited(reward.decide, pair[0], pair[1])
+        (_, stage), ms = limited(equality.decide, pair[0], pair[1])
         times.setdefault(stage, []).append(ms)
     times["string or number"] = times["by_string"] + times["by_number"]
     return {stage: milliseconds(values) for stage, values in sorted(times.items())}
@@ -165,10 +166,10 @@ def parsers(references):
     from latex2sympy2_extended import latex2sympy
 
     def own(text):
-        text = reward.normalise(text)
-        if reward.WORD.fullmatch(text) or reward.CHOICE.fullmatch(text):
+        text = equality.normalise(text)
+        if equality.WORD.fullmatch(text) or equality.CHOICE.fullmatch(text):
             return True
-        return bool(re.fullmatch(r"\d+_-?\d+|\d?\d:[0-5]\d", text)) or reward.equal(text, text)
+        return bool(re.fullmatch(r"\d+_-?\d+|\d?\d:[0-5]\d", text)) or equality.equal(text, text)
 
     readers = {"this": own, "latex2sympy2_extended": latex2sympy, "sympy.parse_latex": sympy_latex}
     results = {}
@@ -194,7 +195,7 @@ def constant_answers(references):
     strings = [text for text in strings if text.strip() not in counts][:50]
 
     def earned(answer):
-        return sum(n for reference, n in counts.items() if reward.is_equal(answer, reference)) / len(
+        return sum(n for reference, n in counts.items() if equality.is_equal(answer, reference)) / len(
             references
         )
 

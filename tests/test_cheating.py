@@ -16,7 +16,7 @@ import pytest
 from reward_pairs import PAIRS
 from test_reward import DATA, FILES
 
-import reward as grader
+import equality as grader
 
 EQUAL_REFERENCES = Path(__file__).with_name("equal_references.txt")
 
