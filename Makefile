@@ -14,9 +14,9 @@ INSTALL = $(@D)/bin/pip install --quiet --no-compile --disable-pip-version-check
 # Each part of the soak should take at most 40 minutes on two quiet cores. The minutes below are estimates from single
 # tests; no part has been timed whole. A long test in a file that no other part names belongs to soak-others.
 SOAK = $(TESTS)/bin/python -m pytest -q -m soak --durations=5
-RUNS = tests/test_resume.py tests/test_launch.py tests/test_evaluate.py tests/test_plan.py
+RUNS = tests/test_resume.py tests/test_endings.py tests/test_launch.py tests/test_evaluate.py tests/test_plan.py
 NODES = tests/test_nodes.py
-GRADER = $(wildcard tests/test_reward.py tests/test_equality.py)
+GRADER = tests/test_reward.py tests/test_cheating.py
 SOAK_PARTS = soak-runs soak-kills soak-nodes soak-grader soak-others
 
 .PHONY: demo quick test soak $(SOAK_PARTS) gpu lines

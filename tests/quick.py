@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 FILES = [
+    "test_cheating.py",
     "test_configs.py",
     "test_data.py",
     "test_evaluate.py",
