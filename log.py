@@ -169,11 +169,15 @@ class Log:
     # ---- The terminal ------------------------------------------------------------------------------------------
 
     def say(self, text, bold=False):
-        """Print a text. Only a terminal gets bold type."""
+        """Print a text, in bold type only on a terminal."""
         text = printable(text)
         if bold and sys.stdout.isatty():
             text = f"\x1b[1m{text}\x1b[0m"
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:
+            # The terminal was closed, the reader of a pipe has ended, or the disk is full. Print to nowhere from now on.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def start(self, step, num_parameters, tasks):
         """Begin after the finished `step`: forget what came later, and print what will run.
@@ -261,9 +265,8 @@ class Log:
         """
         rows = self.rows()
         minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
-        self.say(
-            f"\n{ending} after step {step} of {self.cfg.steps}: {minutes:.1f} minutes of work", bold=True
-        )
+        reached = f" after step {step} of {self.cfg.steps}" if self.cfg.steps else ""
+        self.say(f"\n{ending}{reached}: {minutes:.1f} minutes of work", bold=True)
         for name, accuracies in first_and_last_accuracy(rows).items():
             self.say(f"  accuracy on {name}: {accuracies}")
         self.say(f"  all of it is in {self.dir}")

@@ -371,6 +371,9 @@ def test_last_lines_say_what_was_reached(run, capsys):
     assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
     assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
     assert "export the checkpoint of step 10" in out  # the best one
+    run.cfg.steps = 0
+    run.end("done", 0, sys.orig_argv[1:])
+    assert "done: 1.5 minutes of work" in capsys.readouterr().out
 
 
 ARGUMENTS = [
@@ -450,6 +453,30 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
     run.say("ε")
     run.metrics.close()
     assert terminal.buffer.getvalue() == b"\\u03b5\n"
+
+
+READ_BY_NOBODY = """
+import pathlib, sys, types, log
+cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8)
+run = log.Log(cfg)
+run.cut(0)
+sys.stdin.readline()
+for step in (1, 2, 3):
+    run.step({"step": step, "reward": 0.5, "seconds": {}})
+"""
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`| head`, or a terminal that was closed: the next line that is printed ends a run of a week."""
+    command = [sys.executable, "-c", READ_BY_NOBODY, str(tmp_path)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 0 and "Error" not in errors, errors
+    assert [row["step"] for row in rows(tmp_path / "a/metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
