@@ -272,7 +272,7 @@ class Log:
         self.say(f"  all of it is in {self.dir}")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
-        program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
+        program = [sys.orig_argv[0], sys.argv[0]]  # "python launch.py", as it was typed
         self.say("what may come next:")
         for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
             self.say(f"# {purpose}")
@@ -421,8 +421,8 @@ def first_and_last_accuracy(rows):
 def next_commands(cfg, program, argv, step, checkpoint):
     """Commands for what may come next, as (purpose, words of the command) each.
 
-    program holds the words that started launch.py, argv its arguments; step is the last that is finished, and
-    checkpoint the step of a checkpoint, or None.
+    program holds the words before the arguments argv of launch.py; step is the last that is finished, and checkpoint
+    the step of a checkpoint, or None.
     """
     python = program[0]
     folder = short_path(f"{cfg.out_dir}/{cfg.name}")

@@ -366,13 +366,13 @@ def test_last_lines_say_what_was_reached(run, capsys):
     (run.dir / "checkpoints/step_10").mkdir(parents=True)
     (run.dir / "checkpoints/step_20").mkdir()
     capsys.readouterr()
-    run.end("stopped by SIGTERM", 20, sys.orig_argv[1:])
+    run.end("stopped by SIGTERM", 20, ["configs/tiny.py"])
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
     assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
     assert "export the checkpoint of step 10" in out  # the best one
     run.cfg.steps = 0
-    run.end("done", 0, sys.orig_argv[1:])
+    run.end("done", 0, ["configs/tiny.py"])
     assert "done: 1.5 minutes of work" in capsys.readouterr().out
 
 
