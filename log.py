@@ -190,8 +190,10 @@ class Log:
         self.say(f"run         {self.dir}, {begin}")
         self.say(f"model       {cfg.model}: {num_parameters:,} parameters learn")
         self.say(f"workers     {cfg.workers}, {cfg.tensor_parallel} per vLLM engine")
-        held_out = "".join(f", {len(prompts):,} held out in {name}" for name, prompts in tasks.eval.items())
-        self.say(f"questions   {len(tasks.train):,} for training{held_out}")
+        self.say(f"questions   {len(tasks.train):,} for training")
+        if tasks.eval:
+            held_out = [f"{len(prompts):,} in {name}" for name, prompts in tasks.eval.items()]
+            self.say(f"held out    {', '.join(held_out)}")
         if cfg.steps:
             responses = cfg.prompts_per_step * cfg.samples_per_prompt
             tokens = responses * cfg.max_response_tokens

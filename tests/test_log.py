@@ -341,7 +341,9 @@ def test_first_lines_say_what_runs(run, capsys):
     sizes = {"prompts_per_step": 64, "samples_per_prompt": 16, "max_response_tokens": 96}
     for name, value in (sizes | {"model": "some/model", "workers": 8, "tensor_parallel": 4}).items():
         setattr(run.cfg, name, value)
-    run.start(0, 1619072, SimpleNamespace(train=[None] * 4096, eval={"math": [None] * 512}))
+    run.start(
+        0, 1619072, SimpleNamespace(train=[None] * 4096, eval={"math": [None] * 512, "aime": [None] * 30})
+    )
     out = capsys.readouterr().out
     for words in (
         str(run.dir),
@@ -350,7 +352,7 @@ def test_first_lines_say_what_runs(run, capsys):
         "8, 4 per vLLM engine",
     ):
         assert words in out
-    assert "4,096 for training, 512 held out in math" in out
+    assert "questions   4,096 for training\nheld out    512 in math, 30 in aime\n" in out
     assert "64 questions x 16 samples = 1,024 responses" in out and "= 98,304 tokens" in out
     run.cfg.steps = 0
     run.start(0, 0, SimpleNamespace(train=[], eval={"math": [None] * 512}))
