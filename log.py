@@ -169,15 +169,11 @@ class Log:
     # ---- The terminal ------------------------------------------------------------------------------------------
 
     def say(self, text, bold=False):
-        """Print a text, in bold type only on a terminal."""
+        """Print a text. Only a terminal gets bold type."""
         text = printable(text)
         if bold and sys.stdout.isatty():
             text = f"\x1b[1m{text}\x1b[0m"
-        try:
-            print(text, flush=True)
-        except OSError:
-            # The terminal was closed, the reader of a pipe has ended, or the disk is full. Print to nowhere from now on.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
 
     def start(self, step, num_parameters, tasks):
         """Begin after the finished `step`: forget what came later, and print what will run.
