@@ -249,8 +249,10 @@ class Log:
         self.say(f"run         {self.dir}, {begin}")
         self.say(f"model       {cfg.model}: {num_parameters:,} parameters learn")
         self.say(f"workers     {cfg.workers}, {cfg.tensor_parallel} per vLLM engine")
-        held_out = "".join(f", {len(prompts):,} held out in {name}" for name, prompts in tasks.eval.items())
-        self.say(f"questions   {len(tasks.train):,} for training{held_out}")
+        self.say(f"questions   {len(tasks.train):,} for training")
+        if tasks.eval:
+            held_out = [f"{len(prompts):,} in {name}" for name, prompts in tasks.eval.items()]
+            self.say(f"held out    {', '.join(held_out)}")
         if cfg.steps:
             responses = cfg.prompts_per_step * cfg.samples_per_prompt
             tokens = responses * cfg.max_response_tokens
@@ -324,9 +326,8 @@ class Log:
         """
         rows = self.rows()
         minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
-        self.say(
-            f"\n{ending} after step {step} of {self.cfg.steps}: {minutes:.1f} minutes of work", bold=True
-        )
+        reached = f" after step {step} of {self.cfg.steps}" if self.cfg.steps else ""
+        self.say(f"\n{ending}{reached}: {minutes:.1f} minutes of work", bold=True)
         for name, accuracies in first_and_last_accuracy(rows).items():
             self.say(f"  accuracy on {name}: {accuracies}")
         for what, count in self.failed_writes.items():
@@ -334,7 +335,7 @@ class Log:
         self.say(f"  all of it is in {self.dir}")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
-        program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
+        program = [sys.orig_argv[0], sys.argv[0]]  # "python launch.py", as it was typed
         self.say("what may come next:")
         for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
             self.say(f"# {purpose}")
@@ -497,8 +498,8 @@ def first_and_last_accuracy(rows):
 def next_commands(cfg, program, argv, step, checkpoint):
     """Commands for what may come next, as (purpose, words of the command) each.
 
-    program holds the words that started launch.py, argv its arguments; step is the last that is finished, and
-    checkpoint the step of a checkpoint, or None.
+    program holds the words before the arguments argv of launch.py; step is the last that is finished, and checkpoint
+    the step of a checkpoint, or None.
     """
     python = program[0]
     folder = short_path(f"{cfg.out_dir}/{cfg.name}")
