@@ -270,9 +270,8 @@ class Log:
         self.say(f"  all of it is in {self.dir}")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
-        program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
         self.say("what may come next:")
-        for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
+        for purpose, command in next_commands(self.cfg, program_before(argv), argv, step, checkpoint):
             self.say(f"# {purpose}")
             self.say(shell_text(command, terminal_width()))
 
@@ -414,6 +413,17 @@ def first_and_last_accuracy(rows):
         for name, result in row.get("eval", {}).items():
             accuracies.setdefault(name, []).append(f"{result['accuracy']:.1%}")
     return {name: " → ".join(shown[:1] + shown[1:][-1:]) for name, shown in accuracies.items()}
+
+
+def program_before(argv):
+    """The words of this process's command before the arguments `argv`: Python and launch.py.
+
+    Where another program called launch.main with arguments of its own, these are not the last words of the command.
+    """
+    num_before = max(0, len(sys.orig_argv) - len(argv))
+    if sys.orig_argv[num_before:] == list(argv):
+        return sys.orig_argv[:num_before]
+    return [sys.executable, short_path(ROOT / "launch.py")]
 
 
 def next_commands(cfg, program, argv, step, checkpoint):
