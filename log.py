@@ -335,7 +335,7 @@ class Log:
         self.say(f"  all of it is in {self.dir}")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
-        program = [sys.orig_argv[0], sys.argv[0]]  # "python launch.py", as it was typed
+        program = [sys.orig_argv[0], short_path(ROOT / "launch.py")]
         self.say("what may come next:")
         for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
             self.say(f"# {purpose}")

@@ -296,7 +296,8 @@ class Worker:
         if not self.is_first_of_engine:
             return [], ids_hash
         for place, sample in samples.items():
-            sample.correct, sample.graded = verdicts[place].result()
+            verdict, sample.graded = verdicts[place].result()
+            sample.correct = bool(verdict)
             sample.reward = float(sample.correct)
             sample.line = sample_line(sample, prompts[place][1].question)
         return [samples[place] for place in sorted(samples)], ids_hash

@@ -378,6 +378,23 @@ def test_last_lines_say_what_was_reached(run, capsys):
     assert "done: 1.5 minutes of work" in capsys.readouterr().out
 
 
+def test_last_lines_where_another_program_called(run, capsys, monkeypatch):
+    """bench/step.py, a sweep or a notebook calls launch.main with more words than its own command has: IndexError, and a
+    run that is done ends with exit code 1."""
+    run.cfg.eval_data = []
+    monkeypatch.chdir("/")
+    argv = ["configs/tiny.py", "--steps=20", "--workers=2"]
+    for command in (["python", "sweep.py"], ["python", "sweep.py", "--a", "--b", "--c"]):
+        monkeypatch.setattr(sys, "orig_argv", command)
+        run.end("done", 20, argv)
+        words = capsys.readouterr().out.replace("\\\n", "").split()
+        assert "sweep.py" not in words
+        assert words[words.index("configs/tiny.py") - 1] == f"{ROOT}/launch.py"
+        monkeypatch.setattr(sys, "orig_argv", [*command, *argv])
+        run.end("done", 20, argv)
+        assert "sweep.py" in capsys.readouterr().out
+
+
 ARGUMENTS = [
     "--workers=2",
     "--steps=20",
