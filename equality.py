@@ -38,16 +38,16 @@ VARIABLE = rf"(?:(?![eiπ](?!_))[^\W\d_]|\\(?:{GREEK})(?![a-zA-Z]))(?:_(?:\{{[^{
 # -- normalise: one spelling for the same mathematics -----------------------------------------------------------
 
 # What is one sign in mathematics becomes one character, so that \cosx, \piR and \leqx are read, too (\leq before \le).
-SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ , ; ,
+SIGNS = r"""\lt < \gt > \dbinom \binom \tbinom \binom \cfrac \frac \colon : \leqslant ≤ \leqq ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geqq ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ , ; ,
     \approx ≈ \cdots … \cdot * \times * × * · * \div / ÷ / ⁄ / − - – - \pi π \cup , ∪ , \pm ± \mp ∓ \emptyset ∅ \varnothing ∅
-    \{\} ∅ \sqrt √ \ldots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
+    \sqrt √ \ldots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
     \rfloor ) \lceil \ceil( \rceil ) \lor , \vee , \degree ° \circ ° \mathbb{R} (-∞,∞) \dfrac \frac \tfrac \frac \% % \$ $"""
 SIGNS = dict(zip(SIGNS.split()[::2], SIGNS.split()[1::2], strict=True))
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NUMBERS = {word: str(n) for n, word in enumerate(NUMBERS)} | {"infinity": "∞", "all real numbers": "(-∞,∞)"}
 BEHIND = {"thousand": "*1000", "million": "*10^6", "degrees": "°", "percent": "%"}
 LESS = str.maketrans(">≥", "<≤")
-UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|\\Omega|(?<= )(?:[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*)"
+UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|\\Omega|(?<= )[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*"
 GROUPED = r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]|\.\d*,| \d|.*(?:[)\]]|\\\}))"
 
 
@@ -61,25 +61,43 @@ def repeating(match: re.Match) -> str:
     return rf"({match[1]}0+\frac{{{match[3]}}}{{{(10 ** len(match[3]) - 1) * 10 ** len(match[2])}}})"
 
 
+def subscript(match: re.Match) -> str:
+    """b_{2} → b_2, A_{ 12 } → A_{12}."""
+    label = match[1].replace(" ", "")
+    return f"_{label} " if len(label) == 1 else f"_{{{label}}}"
+
+
 # In this order. Afterwards "…" is text, $ the dollar, and relations are one character.
 REWRITES = [
+    (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),  # bold in Markdown
+    (r"(?<=[\w)}]) ?\*\* ?(?=[\w({-])", "^"),
+    (r"[\\\s]+$", ""),  # a line break behind all
     (r'"|(?<!\\)\$(?!\d[\d.,]*$)|(?<!\\)\\[()\[\]]', ""),  # math delimiters, but "$5" is money
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|math(?:bf|it|cal)|boldsymbol)(?![a-zA-Z])|\\! *", ""),
     (r"(?:(?<!\\)\\[,;:> ]|~|\\(?:q?quad|angle|triangle)(?![a-z])|\\(?:begin|end)\{cases\}|\{,\}|\s)+", " "),
     (r"^ ?(?:\\boxed ?\{(.*)|\{([^{}]*))\} ?$", r"\1\2"),
     (r"\\(?:mathrm|operatorname) ?\{ ?([ei]) ?\}", r" \1 "),  # a roman constant
-    (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mbox|operatorname\*?) ?\{([^{}]*)\}", r'"\1"'),
+    (r"\\(?:text(?:bf|it|rm|sf|normal)?|mathrm|mbox|operatorname\*?) ?\{([^{}]*)\}", r'"\1"'),
     (r'(?i)^ ?"? ?(?:(?:the )?answer(?: is)?:?|option|approximately|\\approx) ?"?', ""),
     # A number in words stands alone: 2"five" is not 25. A magnitude stands behind a number.
     (
-        rf'(?i)(?:^|(?<=[=,({{∈])) ?" ?({"|".join(NUMBERS)})[ .]?"(?= ?[",)}}=]| ?$)',
+        rf'(?i)(?:^|(?<=[=,(\[{{∈+-])) ?" ?({"|".join(NUMBERS)})[ .]?"(?= ?[",)}}=]| ?$)',
         lambda m: NUMBERS[m[1].lower()],
     ),
+    (r"(?i)(?<![a-z\\])infinity(?![a-z])", "∞"),
+    (r'(?<=[\d}]) ?" ?min ?"', '"minute"'),
     (rf'(?i)(?<=[\d}})]) ?" ?({"|".join(BEHIND)})[ .]?"', lambda match: BEHIND[match[1].lower()]),
     (rf'" ?({FUNCTION[2:]}|pi) ?"|(?<![\\a-zA-Z])({FUNCTION[2:]}|sqrt|pi|infty)(?![a-zA-Z])', r"\\\1\2 "),
     (r'\(? ?\\?"? ?(?<![a-z])[pb]?mod(?![a-z]) ?"?([^()]*)\)?', r"@\1"),
     (r"(\d*\.(\d*))\\(?:overline|bar|dot) ?\{?(\d+)\}?", repeating),
+    (r"\\not ?=", "≠"),
+    (r"\\mathbb ?([A-Z])", r"\\mathbb{\1}"),
+    (r"\\\{ *\\\}", "∅"),
     ("|".join(map(re.escape, SIGNS)), lambda match: SIGNS[match[0]]),
+    (r"_ ?\{([^{}]*)\}", subscript),
+    (r"\\frac ?(\d) (\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"(?i)(?<=[\d}]) ?percent(?![a-z])", "%"),
+    (r"(?<=\d) ?([€£¥¢])", r'"\1"'),
     (r'\^ ?\{? ?(°|"(?:st|nd|rd|th)") ?\}?', lambda match: "°" if match[1] == "°" else ""),
     # Outside of functions ° is a unit: behind all of an answer it is kept.
     (r"^((?!\\(?:sin|cos|tan)).)*$", lambda m: re.sub(r"(?<=[\d})])°$", '"degree"', m[0]).replace("°", "")),
@@ -88,8 +106,10 @@ REWRITES = [
     (rf"^ ?{VARIABLE} ?[∈≈≡]|, ?[j-n] ?∈ ?(?:\\mathbb ?\{{?)?[NZ]\}}? ?$|^ ?[A-Z] ?(?=\(.*,.*\) ?$)", ""),
     (r"^ ?[a-zA-Z] ?\([a-z]\) ?=(?!.*=)(?! ?[a-zA-Z] ?$)|, ?[a-z] ?∈ ?\(-∞,∞\)$", ""),
     (r"^\\\{ ?([a-z]) ?(?:∈ ?\(-∞,∞\) ?)?[|:](?=[^<>≤≥=]*[<>≤≥=])(?=.*\1)(.*)\\\}$", r"\2"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?= \d+/\d)", lambda match: match[0].replace(" ", "")),
     (r"(?<![\d.^_])(\d+)(?: ?(\\frac(?: ?\d|\{\d+\}){2})| (\d+/\d+))(?!\d)", r"{\1+\2\3}"),  # a mixed number
     (r"\\(sin|cos|tan|cot) ?\^ ?\{?-1\}?", r"\\arc\1 "),
+    (rf"^([^,=<>≠]+)≠ ?({VARIABLE})$", r"\2≠\1"),
     (rf"^(?: ?{VARIABLE} ?≠|\(-∞,∞\) *\\setminus *\\\{{)([^,]*?)(?:\\\}})?$", r"(-∞,\1),(\1,∞)"),
     (r"^([^≈]*)≈([^≈]*)$", r"\2=\1"),  # what is exact is stated
     (r"[^,<>≤≥]*(?:[>≥][^,<>≤≥]*)+", lambda m: "".join(re.split("([>≥])", m[0])[::-1]).translate(LESS)),
@@ -97,7 +117,7 @@ REWRITES = [
     (rf"^ ?\|({VARIABLE})\| ?([<≤])([^,]*)$", r"-(\3)\2\1\2\3"),
     (r"\|([^|]*)\|", r"\\abs(\1)"),
     (r"(?:^|(?<=,)|(?<=\\\{))(?:[^,\\]|\\[^{}])*[±∓](?:[^,\\]|\\[^{}])*", both_signs),
-    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(-?\d+)\}?$', r"\1_\2"),  # digits in a base
+    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(-?\d+)\}? ?$', r"\1_{\2}"),  # digits in a base
     (rf"(?<=[\d}}]) ?({UNIT})(?=\^|[ ,;)%]|$)", r'"\1"'),  # a bare unit is text, too
     (r"^\(([a-zA-Z]), ?([a-zA-Z])\) ?= ?\(([^,()]*),([^,()]*)\)$", r"\1=\3,\2=\4"),
     (GROUPED, lambda match: re.sub("[, ]", "", match[0])),
@@ -167,7 +187,7 @@ def compute(tree, point: dict):
 def parse(text: str) -> tuple[Tree, frozenset, int] | None:
     """The tree of a normalised text, its symbols, and the bits that its constants need; None where it is not read."""
     # Words and numbers side by side are not products, and 11:50 is not a ratio.
-    if re.search(r"(?<![\\a-zA-Z{])[a-zA-Z]{4}|(?<![_\d])\d+ \.?\d|^\d?\d:[0-5]\d$", text):
+    if re.search(r"(?<![\\a-zA-Z{])[a-zA-Z]{4}|(?<![_\d^])\d+ \.?\d|^\d?\d:[0-5]\d$", text):
         return None
     try:
         tree = PARSER.parse(text)
@@ -305,11 +325,12 @@ COMMANDS = rf"{GREEK}|frac|overline|bar|vec|hat|widehat|overrightarrow|det|deg|D
 def is_named(text: str) -> bool:
     """Whether something with this name is sought: AB, S_{ABC}, f(x, y), \\frac{TM}{MK}, \\text{the area}, but not \\text{surely not} y."""
     text = re.sub(r"_(?:\{[^{}]*\}|\w)", "", text.strip())  # a subscript is a label
+    text = re.sub(r"^([fghpqFGHP]'*)(?:\^\{-1\})? ?\((?:-?\d+|[a-z])\)$", r"\1", text)  # f(2), f^{-1}(x)
     text, commands = re.sub(r"\\([a-zA-Z]+)", "", text), re.findall(r"\\([a-zA-Z]+)", text)
     if not all(re.fullmatch(COMMANDS, command) for command in commands):
         return False
     quoted, bare = re.findall(r'"([^"]*)"', text), re.sub(r'"[^"]*"', "", text)
-    if re.search(r"[^a-zA-Z(){}, ']", bare) or not all(re.fullmatch("[a-zA-Z .]*", part) for part in quoted):
+    if re.search(r"[^a-zA-Z(){}, ':]", bare) or not all(re.fullmatch("[a-zA-Z .]*", part) for part in quoted):
         return False
     words = re.findall("[a-zA-Z]+", " ".join(quoted).lower())
     runs = re.findall("[a-zA-Z]+", bare)
@@ -460,7 +481,7 @@ def how_read(text: str) -> str:
     if WORD.fullmatch(text):
         return "words" if LETTERS.fullmatch(text) else ""
     if re.fullmatch(
-        r"[\dA-F]+_-?\d+|\d?\d:[0-5]\d", text
+        r"[\dA-F]+_\{-?\d+\}|\d?\d:[0-5]\d", text
     ):  # digits in a base and times are read as they are written
         return "value"
     try:

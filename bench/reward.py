@@ -169,7 +169,7 @@ def parsers(references):
         text = equality.normalise(text)
         if equality.WORD.fullmatch(text) or equality.CHOICE.fullmatch(text):
             return True
-        return bool(re.fullmatch(r"\d+_-?\d+|\d?\d:[0-5]\d", text)) or equality.equal(text, text)
+        return bool(re.fullmatch(r"\d+_\{-?\d+\}|\d?\d:[0-5]\d", text)) or equality.equal(text, text)
 
     readers = {"this": own, "latex2sympy2_extended": latex2sympy, "sympy.parse_latex": sympy_latex}
     results = {}
