@@ -49,6 +49,7 @@ class Batch:
     prompt_indices, prompt_lens, response_lens, lengths, token_starts, response_starts      int64 [B]
     rewards         fp32 [B]
     correct         bool [B]
+    cut_off         bool [B]: at the length limit
     logprobs        fp32 [N], the sampler's
 
     As a step goes on, the training loop adds fp32 [N] arrays: values, advantages, returns, and where a setting needs them
@@ -62,6 +63,7 @@ class Batch:
         self.response_lens = np.array([len(s.response_ids) for s in samples])
         self.rewards = np.array([s.reward for s in samples], np.float32)
         self.correct = np.array([s.correct for s in samples], bool)
+        self.cut_off = np.array([s.finish_reason == "length" for s in samples], bool)
         self.logprobs = np.concatenate([s.logprobs for s in samples], dtype=np.float32)
         self.lengths = self.prompt_lens + self.response_lens
         self.token_starts = np.cumsum(self.lengths) - self.lengths
@@ -71,10 +73,16 @@ class Batch:
 # ---- From samples to plans ---------------------------------------------------------------------------------------
 
 
-def plan_updates(batch, num_updates, rng, cfg, hidden_size):
-    """Split the samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack."""
-    parts = np.array_split(rng.permutation(len(batch.lengths)), num_updates)
-    return [plan_samples(batch, part.tolist(), cfg, hidden_size) for part in parts]
+def plan_updates(batch, indices, num_updates, rng, cfg, hidden_size):
+    """Split these samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack.
+
+    epochs_per_step passes over the samples follow each other, each split anew.
+    """
+    plans = []
+    for _ in range(cfg.epochs_per_step):
+        for part in np.array_split(rng.permutation(indices), num_updates):
+            plans.append(plan_samples(batch, part.tolist(), cfg, hidden_size))
+    return plans
 
 
 def plan_samples(batch, indices, cfg, hidden_size):
