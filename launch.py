@@ -22,7 +22,7 @@ from collections import Counter
 
 import numpy as np
 
-from configs.load import ROOT, UserError, load
+from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
 from reward import extract_answer
@@ -61,45 +61,36 @@ def train(cfg, workers, tasks, log):
         batch = Batch(samples)
         forward_plan = plan_samples(batch, range(len(samples)), cfg, tasks.hidden_size)
 
-        # Log-probs of the policy before its updates and of its base model, which the default settings do not need.
-        if cfg.kl_coef or cfg.policy_updates_per_step > 1:
+        # Log-probs of the policy before its updates and of the reference model, where a setting needs them.
+        if cfg.kl_coef or updates_per_step(cfg, "policy") > 1:
             batch.old_logprobs = workers.old_logprobs(batch, forward_plan)
-        if cfg.kl_coef:
+        if has_reference(cfg):
             batch.ref_logprobs = workers.ref_logprobs(batch, forward_plan)
 
-        # With one policy update the ratio is 1, and these do not exist.
-        metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
-        if cfg.advantage == "group":
-            batch.advantages = ppo.group_advantages(batch, cfg.samples_per_prompt)
-        else:
-            # Values: one forward pass of the critic, V_old(s_t) for every response token.
+        # Values: one forward pass of the critic, V_old(s_t) for every response token.
+        if has_critic(cfg):
             batch.values = workers.values(batch, forward_plan)
 
-            # Advantages: GAE per response, normalised over all tokens of the batch.
-            rewards = ppo.token_rewards(batch, cfg.kl_coef)
-            advantages, batch.returns = ppo.gae(
-                rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam
-            )
-            batch.advantages = ppo.normalise(advantages)
-            metrics["explained_var"] = ppo.explained_variance(batch.values, batch.returns)
+        # Advantages: GAE per response, normalised over all tokens of the batch.
+        metrics = ppo.set_advantages(batch, cfg)
 
-            # Critic: every sample once, split at random into critic_updates_per_step updates.
+        # Critic: every sample once, split at random into critic_updates_per_step updates.
+        if has_critic(cfg):
             rng = rng_for(cfg.seed, step, "critic")
-            plans = plan_updates(batch, cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size)
+            plans = plan_updates(
+                batch, range(len(samples)), cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size
+            )
             metrics |= workers.update("critic", batch, plans)
 
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
-        rng = rng_for(cfg.seed, step, "policy")
-        plans = plan_updates(batch, cfg.policy_updates_per_step, rng, cfg, tasks.hidden_size)
-        few_samples = rng.permutation(len(samples))[: 2 * cfg.workers].tolist()
-        kl_plan = plan_samples(batch, few_samples, cfg, tasks.hidden_size)
-        metrics |= workers.update("policy", batch, plans, kl_plan)
+        metrics |= update_policy(cfg, workers, batch, step, tasks.hidden_size)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         workers.sync()
 
         # Log, evaluate, save.
-        metrics |= response_metrics(samples)
+        metrics |= response_metrics(samples) | group_metrics(batch, cfg.samples_per_prompt)
+        metrics["epoch"] = step * cfg.prompts_per_step / len(tasks.train)
         metrics["tokens"] = int(batch.lengths.sum())
         metrics["tokens_per_second"] = metrics["tokens"] / sum(workers.seconds.values())
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
@@ -116,6 +107,26 @@ def train(cfg, workers, tasks, log):
             raise Stopped
 
 
+def update_policy(cfg, workers, batch, step, hidden_size):
+    """The policy's updates of one step, on the samples that the settings leave to it. Returns metrics."""
+    import ppo
+    from packing import plan_samples, plan_updates
+
+    kept = ppo.policy_samples(batch, cfg)
+    # With one policy update the ratio is 1, and three of these do not exist.
+    metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
+    metrics["policy_samples"] = len(kept) / len(batch.lengths)
+    if step > cfg.critic_warmup_steps and len(kept) >= cfg.policy_updates_per_step:
+        rng = rng_for(cfg.seed, step, "policy")
+        plans = plan_updates(batch, kept, cfg.policy_updates_per_step, rng, cfg, hidden_size)
+        few_samples = rng.permutation(len(batch.lengths))[: 2 * cfg.workers].tolist()
+        kl_plan = plan_samples(batch, few_samples, cfg, hidden_size)
+        metrics |= workers.update("policy", batch, plans, kl_plan)
+    if cfg.update_ref_every and has_reference(cfg) and step % cfg.update_ref_every == 0:
+        workers.update_reference()
+    return metrics
+
+
 def mean(values):
     """The mean, or None of nothing."""
     values = list(values)
@@ -125,6 +136,9 @@ def mean(values):
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
 
+# ORZ's reflection patterns, as reward.response_stats counts them.
+REFLECTION = ("wait", "recheck", "retry", "alternatively", "however")
+
 
 def response_metrics(samples):
     """What the responses were like. A length is None where there is no such response."""
@@ -133,15 +147,29 @@ def response_metrics(samples):
     metrics = {
         "reward": mean(sample.reward for sample in samples),
         "accuracy": mean(sample.correct for sample in samples),
-        "response_tokens": mean(right + wrong),
-        "response_tokens_right": mean(right),
-        "response_tokens_wrong": mean(wrong),
     }
+    for name, lengths in {"": right + wrong, "_right": right, "_wrong": wrong}.items():
+        metrics[f"response_tokens{name}"] = mean(lengths)
+        metrics[f"response_tokens{name}_std"] = float(np.std(lengths)) if lengths else None
+    reflections = [sum(sample.stats.get(word, 0.0) for word in REFLECTION) for sample in samples]
+    reflecting = [sample for sample, count in zip(samples, reflections) if sample.correct and count > 0]
+    metrics["reflection"] = mean(reflections)
+    metrics["response_tokens_right_reflecting"] = mean(len(sample.response_ids) for sample in reflecting)
     for name in samples[0].stats:
         metrics[name] = mean(sample.stats[name] for sample in samples)
     for outcome in UNGRADED:
         metrics[outcome] = mean(sample.graded == outcome for sample in samples)
     return metrics
+
+
+def group_metrics(batch, group_size):
+    """What a question's responses have in common: whether one of them is right, whether all have one reward."""
+    correct = batch.correct.reshape(-1, group_size)  # [prompts, G]
+    rewards = batch.rewards.reshape(-1, group_size)
+    return {
+        "pass_at_n": float(correct.any(axis=1).mean()),
+        "equal_groups": float((rewards.min(axis=1) == rewards.max(axis=1)).mean()),
+    }
 
 
 def evaluate(cfg, workers, tasks, log, step):
@@ -303,6 +331,8 @@ def run_once(cfg, argv, tasks, log, stop_request):
             plan.check_fits(cfg, cfg.gpu_memory or workers.gpu_memory())
         workers.start()
         log.start(workers.step, workers.num_parameters, tasks)
+        for line in without_effect(cfg):
+            log.say(line)
         ending, code = "done", 0
         try:
             train(cfg, workers, tasks, log)

@@ -49,6 +49,7 @@ class Batch:
     prompt_indices, prompt_lens, response_lens, lengths, token_starts, response_starts      int64 [B]
     rewards         fp32 [B]
     correct         bool [B]
+    cut_off         bool [B]: at the length limit
     logprobs        fp32 [N], the sampler's
 
     As a step goes on, the training loop adds fp32 [N] arrays: values, advantages, returns, and where a setting needs them
@@ -67,6 +68,7 @@ class Batch:
         self.token_starts = np.cumsum(self.lengths) - self.lengths
         self.response_starts = np.cumsum(self.response_lens) - self.response_lens
         self.correct = np.array([sample.correct for sample in samples])
+        self.cut_off = np.array([sample.finish_reason == "length" for sample in samples])
         self.rewards = np.array([sample.reward for sample in samples], np.float32)
         self.logprobs = np.concatenate([sample.logprobs for sample in samples])
 
@@ -74,12 +76,15 @@ class Batch:
 # ---- From samples to plans ---------------------------------------------------------------------------------------
 
 
-def plan_updates(batch, num_updates, rng, cfg, hidden_size):
-    """Split the samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack."""
-    order = rng.permutation(len(batch.lengths))
+def plan_updates(batch, indices, num_updates, rng, cfg, hidden_size):
+    """Split these samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack.
+
+    epochs_per_step passes over the samples follow each other, each split anew.
+    """
     plans = []
-    for part in np.array_split(order, num_updates):
-        plans.append(plan_samples(batch, part.tolist(), cfg, hidden_size))
+    for _ in range(cfg.epochs_per_step):
+        for part in np.array_split(rng.permutation(indices), num_updates):
+            plans.append(plan_samples(batch, part.tolist(), cfg, hidden_size))
     return plans
 
 

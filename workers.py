@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from configs.load import ROOT, UserError
+from configs.load import ROOT, UserError, eval_response_tokens, has_critic, has_reference
 from log import installed, sample_line
 from reward import Grader, response_stats
 from tools import gpu_machine
@@ -61,9 +61,15 @@ def learned_networks(cfg):
     if cfg.eval_only:
         return {}
     networks = {"policy": cfg.model}
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         networks["critic"] = cfg.critic_model
     return networks
+
+
+def saved_networks(cfg):
+    """The networks of a checkpoint: those that learn, and a reference model that follows the policy."""
+    follows = has_reference(cfg) and cfg.update_ref_every > 0
+    return [*learned_networks(cfg), *(["reference"] if follows else [])]
 
 
 class Stopped(Exception):
@@ -125,6 +131,7 @@ class Request:
     seed: int
     temperature: float
     top_p: float
+    max_tokens: int  # of a response
 
 
 class Worker:
@@ -178,7 +185,7 @@ class Worker:
         else:
             dtype = getattr(torch, cfg.dtype)
         networks = learned_networks(cfg)
-        if cfg.kl_coef:
+        if has_reference(cfg):
             networks["reference"] = cfg.model
         self.learners = {}
         num_learned = 0
@@ -274,7 +281,8 @@ class Worker:
             {},
             {},
         )  # place in `prompts` → what belongs there; an interrupted engine leaves places out
-        for response in self.rollout.generate(prompt_ids, request.seed, request.temperature, request.top_p):
+        sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
+        for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]
             samples[response.index] = Sample(
                 prompt_index=prompt_index,
@@ -313,6 +321,11 @@ class Worker:
         self.give_gpu_to(kind)
         metrics = self.learners[kind].update(batch, plans, step, kl_plan)
         return metrics if self.rank == 0 else None
+
+    def update_reference(self):
+        """Give the reference model the policy's weights."""
+        self.give_gpu_to("policy")
+        self.learners["reference"].copy_weights(self.learners["policy"])
 
     def sync(self):
         """Send the policy's weights to vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
@@ -427,9 +440,7 @@ class WorkerGroup:
         saved = checkpoints(self.cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
-            for kind in reversed(
-                learned_networks(self.cfg)
-            ):  # the policy last, as in a step: sync comes next
+            for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, saved[self.step])
             self.sync()
         self.seconds = {}
@@ -438,18 +449,22 @@ class WorkerGroup:
 
     def generate(self, prompts, num_samples, step):
         """num_samples graded Samples for each of `prompts`, in the order of the prompts, to be trained on."""
-        return self.sample("generate", prompts, num_samples, step, self.cfg.temperature, self.cfg.top_p)
+        cfg = self.cfg
+        sampling = (cfg.temperature, cfg.top_p, cfg.max_response_tokens)
+        return self.sample("generate", prompts, num_samples, step, *sampling)
 
     def evaluate(self, prompts, num_samples, step):
         """As generate, with the settings of evaluation, to be measured."""
-        return self.sample("eval", prompts, num_samples, step, self.cfg.eval_temperature, self.cfg.eval_top_p)
+        cfg = self.cfg
+        sampling = (cfg.eval_temperature, cfg.eval_top_p, eval_response_tokens(cfg))
+        return self.sample("eval", prompts, num_samples, step, *sampling)
 
-    def sample(self, phase, prompts, num_samples, step, temperature, top_p):
+    def sample(self, phase, prompts, num_samples, step, temperature, top_p, max_tokens):
         requests = []
         for engine, hand in enumerate(deal_prompts(prompts, self.cfg.workers // self.cfg.tensor_parallel)):
             # All ranks of an engine are seeded alike: else they would sample different tokens, with no error at all.
             seed = int(rng_for(self.cfg.seed, step, phase, engine).integers(2**31))
-            requests.append(Request(hand, num_samples, seed, temperature, top_p))
+            requests.append(Request(hand, num_samples, seed, temperature, top_p, max_tokens))
         refs = []
         for rank, handle in enumerate(self.handles):
             refs.append(handle.generate.remote(requests[rank // self.cfg.tensor_parallel]))
@@ -466,7 +481,7 @@ class WorkerGroup:
         return self.call("old_logprobs", "forward", "policy", batch, plan, interruptible=True)[0]
 
     def ref_logprobs(self, batch, plan):
-        """log π_ref(a_t|s_t), fp32 [N]: of the base model."""
+        """log π_ref(a_t|s_t), fp32 [N]: of the reference model."""
         return self.call("ref_logprobs", "forward", "reference", batch, plan, interruptible=True)[0]
 
     def values(self, batch, plan):
@@ -477,6 +492,10 @@ class WorkerGroup:
         """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
         self.networks_step = None
         return self.call(kind, "update", kind, batch, plans, self.step + 1, kl_plan)[0]
+
+    def update_reference(self):
+        """Make the reference model equal to the policy."""
+        self.call("update_reference", "update_reference")
 
     def sync(self):
         """Send the policy's weights to all vLLM engines, proved complete. It ends the updates of a step."""
@@ -500,7 +519,7 @@ class WorkerGroup:
             raise OSError(f"a checkpoint takes {size:,} bytes, but {self.log.dir} has {free:,} left")
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         os.makedirs(f"{folder}.tmp")
-        for kind in learned_networks(self.cfg):
+        for kind in saved_networks(self.cfg):
             self.call("save", "save", kind, f"{folder}.tmp")
         shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()

@@ -39,7 +39,7 @@ CASES = {
 }
 # Responses in one forward of TRL, which makes all their logits: with more of SmolLM2's both sides exceed 23 GiB
 AT_ONCE = {"tiny": 128, "smollm2": 8}
-SIDES = {"grpo": ["--advantage=group"], "ppo": []}  # ours; TRL's is the same in both
+SIDES = {"grpo": ["--advantage=grpo"], "ppo": []}  # ours; TRL's is the same in both
 
 
 # ---- TRL's side: a process of its own environment ----------------------------------------------------------------

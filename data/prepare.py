@@ -1,9 +1,10 @@
 """Fetch what the configs train on and are measured on, on a machine with a connection.
 
-    python data/prepare.py orz        ORZ's questions into data/orz/, about 60 MB
+    python data/prepare.py orz        ORZ's questions and AIME 2025 into data/orz/, about 60 MB
     python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
 
-Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
+Fetching from ORZ and from the hub is *not run*: this was written on a machine without a connection, from the addresses in
+ORZ's README and from the names under which other public code fetches AIME 2025.
 tests/test_recipe.py runs everything else: it fetches smaller files of the same form from a server on this machine.
 
 A set is fetched into memory, written beside its place, read by data/load.py (which refuses what is broken or cut
@@ -34,21 +35,36 @@ ORZ_FILES = {  # our name → theirs, how many questions at least and at most; t
 }
 
 
+# The paper measures AIME 2025, but ORZ's repository does not have it. This is a fixed commit of a public data set of the
+# hub: two JSONL files of 15 questions each, AIME I and II.
+AIME2025 = (
+    "https://huggingface.co/datasets/opencompass/AIME2025/resolve/a6ad95f611d72cf628a80b58bd0432ef6638f958"
+)
+AIME2025_FILES = ("aime2025-I.jsonl", "aime2025-II.jsonl")
+
+
 def orz():
-    """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte."""
+    """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte; and AIME 2025."""
     for name, (theirs, least, most) in ORZ_FILES.items():
-        fetch(f"{ORZ}/{theirs}", ROOT / "data" / "orz" / name, least, most)
+        fetch([f"{ORZ}/{theirs}"], ROOT / "data" / "orz" / name, least, most)
+    fetch(
+        [f"{AIME2025}/{theirs}" for theirs in AIME2025_FILES],
+        ROOT / "data" / "orz" / "aime2025.jsonl",
+        30,
+        30,
+    )
 
 
-def fetch(url, path, least, most):
-    """Fetch the file `path` from `url`, unless it is there, and say how many questions it holds.
+def fetch(urls, path, least, most):
+    """Fetch the file `path`, which is the files at `urls` one after the other, unless it is there; print its count.
 
     Raises UserError where it cannot be fetched or written, is broken, or does not hold least to most questions.
     """
     if path.exists():
         count = counted(path, path, least, most)
     else:
-        count = write_counted(download(url), path, url, least, most)
+        content = b"\n".join(download(url) for url in urls)  # An empty line between two files does no harm.
+        count = write_counted(content, path, " and ".join(urls), least, most)
     print(f"{path}: {count:,} questions, {path.stat().st_size:,} bytes", flush=True)
 
 

@@ -102,13 +102,13 @@ def test_32b_on_128_gpus_by_hand():
     phases = planned(config("orz_32b"))
     assert phases["generate"]["vLLM's weights"] == pytest.approx(2 * 32.763876352 / 4 / 1.073741824)  # 15.26
     assert phases["policy"]["weights"] == pytest.approx(0.477, abs=1e-3)
-    assert phases["policy"]["inputs of all layers"] == 10.0  # 2 · 16,384 · 64 · 5,120 = 10 · 2^30
+    assert phases["policy"]["inputs of all layers"] == 11.25  # 2 · 18,432 · 64 · 5,120 = 11.25 · 2^30
     assert phases["sync"]["policy's weights"] == phases["policy"]["weights"]
     cfg = config("orz_32b")
     (line,) = [what for what in plan.plan(cfg, plan.read_shape(cfg.model), 80.0)["generate"] if "KV" in what]
     assert line.endswith(
-        " * 10,048 * 65,536"
-    )  # 2,048 + 8,000 tokens; 64 layers · 2 of 8 heads · 128 · 2 · 2 bytes
+        " * 34,816 * 65,536"
+    )  # 2,048 + 32,768 tokens, in evaluation; 64 layers · 2 of 8 heads · 128 · 2 · 2 bytes
     for items in phases.values():
         assert sum(items.values()) <= 80
 
@@ -281,7 +281,7 @@ def test_as_a_command():
     for head, *lines in [part.splitlines() for part in done.stdout.split("\n\n")[1:5]]:
         total = float(re.match(r"\w+: ([\d.]+) of 94 GiB", head)[1])
         assert sum(float(line.split()[0]) for line in lines) == pytest.approx(total, abs=0.1)
-    assert "8,192 x 10,048 = 82,313,216" in done.stdout and "at most 8,192, 64 a GPU" in done.stdout
+    assert "8,192 x 18,432 = 150,994,944" in done.stdout and "at most 8,192, 64 a GPU" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,46 +25,83 @@ CONFIGS = sorted(
 )
 ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
 
-# The paper's numbers (arXiv 2503.24290, section 2.3 and appendix B; playground/ for the lengths and the clipping).
+# ORZ's values with where each stands: the paper (arXiv 2503.24290 v2), a script of the repository at its commit 3fdd9a0
+# ("playground": orz_7b_ppo.py and, where they have the same line, all others; "base": ppo_base_exp.py), or an issue of it.
 RECIPE = {
-    "policy_lr": 1e-6,
-    "critic_lr": 5e-6,
-    "adam_betas": [0.9, 0.95],
-    "warmup_steps": 50,
-    "prompts_per_step": 128,
-    "samples_per_prompt": 64,
-    "policy_updates_per_step": 1,
-    "critic_updates_per_step": 12,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "max_prompt_tokens": 2048,
-    "max_response_tokens": 8000,
-    "stop": ["User:", "Human:", "Assistant:", "</answer>"],
-    "clip_eps": 0.2,
-    "value_clip": 0.2,
-    "max_grad_norm": 1.0,
-    "gamma": 1.0,
-    "lam": 1.0,
-    "kl_coef": 0.0,
-    "critic_model": "",  # the same base model, weights of its own
-    "gradient_checkpointing": True,
-    "eval_samples": 16,
-    "eval_temperature": 1.0,
-    "eval_top_p": 1.0,
-    "eval_every": 10,
-    "save_every": 50,
+    "policy_lr": (1e-6, "paper, section 2.3; playground: actor_learning_rate"),
+    "critic_lr": (5e-6, "paper, section 2.3; playground: critic_learning_rate"),
+    "adam_betas": ([0.9, 0.95], "paper, appendix B"),
+    "warmup_steps": (50, "paper, appendix B; playground: num_warmup_steps"),
+    "prompts_per_step": (128, "paper, section 2.3; playground: rollout_batch_size"),
+    "samples_per_prompt": (64, "paper, section 2.3; playground: n_samples_per_prompt"),
+    "policy_updates_per_step": (1, "paper, section 2.3; playground: policy_update_steps"),
+    "critic_updates_per_step": (12, "paper, section 2.3; playground: critic_update_steps"),
+    "temperature": (1.0, "paper, section 2.3; playground: temperature"),
+    "top_p": (1.0, "paper, section 2.3; playground: top_p"),
+    "max_prompt_tokens": (2048, "playground: prompt_max_len"),
+    "max_response_tokens": (8000, "playground: generate_max_len; for 32B issues 50 and 65"),
+    "eval_max_response_tokens": (0, "playground: evaluation uses generate_max_len; for 32B issues 50 and 65"),
+    "max_tokens_per_pack": (
+        16384,
+        "playground: packing_max_len; for 32B and one GPU generate_max_len + prompt_max_len",
+    ),
+    "stop": (["User:", "Human:", "Assistant:", "</answer>"], "playground: stop"),
+    "clip_eps": (0.2, "base: eps_clip"),
+    "value_clip": (0.2, "base: value_clip"),
+    "max_grad_norm": (1.0, "base: max_norm"),
+    "gamma": (1.0, "paper, section 2.2; playground: gamma"),
+    "lam": (1.0, "paper, section 2.2; playground: lambd"),
+    "kl_coef": (0.0, "paper, section 2.2; playground: init_kl_coef"),
+    "critic_model": ("", "playground: critic_pretrain = pretrain: the same base model, weights of its own"),
+    "gradient_checkpointing": (True, "base: gradient_checkpointing"),
+    "eval_samples": (16, "paper, tables 1 and 4: avg@16"),
+    "eval_temperature": (1.0, "playground: evaluation uses temperature"),
+    "eval_top_p": (1.0, "playground: evaluation uses top_p"),
+    "eval_every": (10, "playground: eval_interval"),
+    "save_every": (50, "playground: save_interval"),
+    "advantage": ("gae", "paper, section 2.2; playground: use_grpo = False"),
+    "lr_decay_steps": (0, "base: constant_with_warmup"),
+    "policy_lr_final": (3e-7, "paper, appendix B: of the second stage of 32B"),
 }
-SIZES = {  # config → model, GPUs, tensor parallel, steps, training files, tokens of a pack
-    "orz_0p5b": ("Qwen/Qwen2.5-0.5B", 8, 1, 1000, ["57k"], 16384),
-    "orz_0p5b_1gpu": ("Qwen/Qwen2.5-0.5B", 1, 1, 1000, ["57k"], 10048),
-    "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"], 16384),
-    "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
-    "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"], 16384),
-    "orz_7b_grpo": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
-    "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"], 16384),
-    "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"], 16384),
+OF_32B = {"max_response_tokens": 16384, "max_tokens_per_pack": 18432, "eval_max_response_tokens": 32768}
+OTHERS = {  # config → what differs from RECIPE
+    "orz_0p5b_1gpu": {"max_tokens_per_pack": 10048},
+    "orz_32b": OF_32B,
+    "orz_32b_anneal": OF_32B
+    | {"critic_model": "runs/orz_32b/critic", "warmup_steps": 0, "lr_decay_steps": 100},
+    "orz_7b_grpo": {"advantage": "reinforce"},  # issue 75
 }
-OTHERS = {"orz_32b_anneal": {"critic_model": "runs/orz_32b/critic", "warmup_steps": 0}}
+SIZES = {  # config → model, GPUs, tensor parallel, steps, training files
+    "orz_0p5b": ("Qwen/Qwen2.5-0.5B", 8, 1, 1000, ["57k"]),
+    "orz_0p5b_1gpu": ("Qwen/Qwen2.5-0.5B", 1, 1, 1000, ["57k"]),
+    "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"]),
+    "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"]),
+    "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"]),
+    "orz_7b_grpo": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"]),
+    "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"]),
+    "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"]),
+}
+# What ORZ's runs do not use, and its value where it is off.
+VARIANTS = {
+    "normalise_advantages": True,
+    "critic_lam": 1.0,
+    "epochs_per_step": 1,
+    "critic_warmup_steps": 0,
+    "clip_eps_high": 0.0,
+    "loss_average": "token",
+    "kl_loss_coef": 0.0,
+    "kl_estimator": "k3",
+    "update_ref_every": 0,
+    "importance_cap": 0.0,
+    "importance_token_band": [0.0, 0.0],
+    "importance_response_band": [0.0, 0.0],
+    "drop_equal_groups": False,
+    "drop_cut_off": False,
+}
+# What says where, on what, how fast and how long it runs.
+OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
+    tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
+    on_nonfinite drift_limit max_restarts keep_checkpoints""".split()
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------
@@ -74,20 +112,27 @@ def test_every_size_is_in_the_table():
     assert [path.stem for path in ORZ] == sorted(SIZES)
 
 
+def test_every_setting_has_its_place():
+    """A setting is added that changes the algorithm, and no config is checked for having it off."""
+    placed = [*RECIPE, *VARIANTS, *OPERATION]
+    assert sorted(placed) == sorted(read_file(BASE))
+    assert all(source for _, source in RECIPE.values())
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_config_is_orz(name):
     """A number of the recipe is changed for one size, or drifts in base.py; or a file name is none that is fetched."""
     cfg = load([str(ROOT / "configs" / f"{name}.py")])
-    assert {key: getattr(cfg, key) for key in RECIPE} == RECIPE | OTHERS.get(name, {})
-    assert (cfg.advantage, cfg.policy_lr_final) == ("group" if "grpo" in name else "gae", 3e-7)
-    assert cfg.lr_decay_steps == (100 if "anneal" in name else 0)
-    model, workers, tensor_parallel, steps, training, pack = SIZES[name]
+    values = {key: value for key, (value, _) in RECIPE.items()}
+    assert {key: getattr(cfg, key) for key in RECIPE} == values | OTHERS.get(name, {})
+    assert {key: getattr(cfg, key) for key in VARIANTS} == VARIANTS
+    model, workers, tensor_parallel, steps, training = SIZES[name]
     assert (cfg.model, cfg.workers, cfg.tensor_parallel) == (model, workers, tensor_parallel)
-    assert (cfg.steps, cfg.max_tokens_per_pack, cfg.name) == (steps, pack, name)
+    assert (cfg.steps, cfg.name) == (steps, name)
     files = [Path(path).name for path in cfg.train_data + cfg.eval_data]
-    held_out = ["aime2024.json", "math500.json", "gpqa_diamond.json"]
+    held_out = ["aime2024.json", "aime2025.jsonl", "math500.json", "gpqa_diamond.json"]
     assert files == [f"orz_math_{size}.json" for size in training] + held_out
-    assert set(files) <= set(prepare.ORZ_FILES)
+    assert set(files) <= {*prepare.ORZ_FILES, "aime2025.jsonl"}
     assert {str(Path(path).parent)[-8:] for path in cfg.train_data + cfg.eval_data} == {"data/orz"}
     assert cfg.model in plan.SHAPES or cfg.model.startswith("runs/")
 
@@ -135,6 +180,17 @@ def test_config_says_how_to_run_it(path):
         )
 
 
+def test_the_page_of_the_sizes_quotes_the_plan():
+    """Numbers of tools/plan.py are typed into the page and stay when the plan changes."""
+    lines = []
+    for tensor_parallel in (1, 2, 4):
+        cfg = load([str(ROOT / "configs/orz_32b.py"), f"--tensor_parallel={tensor_parallel}"])
+        printed = plan.report(cfg, 80.0).splitlines()
+        lines += [line for line in printed if re.match(r"(generate|sync): |.*KV cache|vLLM engines", line)]
+    page = (ROOT / "docs" / "sizes.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page, "\n".join(lines)
+
+
 # ---- Fetching --------------------------------------------------------------------------------------------------
 
 
@@ -172,18 +228,30 @@ def dialogues(count):
     )
 
 
+def jsonl(count):
+    """As AIME 2025 is stored on the hub: without a line end behind the last question."""
+    return "\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(count))
+
+
 def test_fetch_all(server, tmp_path, monkeypatch, capsys):
     """A set lands under another name than the configs use, a second call fetches everything again."""
     folder, address = server
     for theirs, least, _ in prepare.ORZ_FILES.values():
         (folder / theirs).write_text(dialogues(least))
+    for theirs in prepare.AIME2025_FILES:
+        (folder / theirs).write_text(jsonl(15))
     monkeypatch.setattr(prepare, "ORZ", address)
+    monkeypatch.setattr(prepare, "AIME2025", address)
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     assert prepare.main(["orz"]) == 0
     said = capsys.readouterr().out
     fetched = sorted((tmp_path / "data" / "orz").iterdir())
-    assert [path.name for path in fetched] == sorted(prepare.ORZ_FILES)
+    assert [path.name for path in fetched] == sorted([*prepare.ORZ_FILES, "aime2025.jsonl"])
+    aime2025 = tmp_path / "data/orz/aime2025.jsonl"
+    assert len(load_questions(str(aime2025))) == 30 and f"{aime2025}: 30 questions" in said
     for path in fetched:
+        if path == aime2025:
+            continue
         theirs, least, _ = prepare.ORZ_FILES[path.name]
         assert path.read_bytes() == (folder / theirs).read_bytes()
         assert f"{path}: {least:,} questions, {path.stat().st_size:,} bytes" in said
@@ -211,7 +279,7 @@ def test_bad_answer_leaves_nothing(name, server, tmp_path):
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(UserError) as error:
-        prepare.fetch(f"{address}/{name}", tmp_path / "new" / "set.json", 10, 10)
+        prepare.fetch([f"{address}/{name}"], tmp_path / "new" / "set.json", 10, 10)
     assert f"{address}/{name}" in str(error.value) and words in str(error.value), error.value
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()

@@ -395,7 +395,9 @@ NOT_COMPUTED |= {
     r" \gcd(m,n) = 1 ",
     r" n - \gcd(n, k) ",
 }
-LITERAL = re.compile(r"\d+_\{-?\d+\}|\d?\d:[0-5]\d")  # digits in a base and times are read as they are written
+LITERAL = re.compile(
+    r"\d+_\{-?\d+\}|\d?\d:[0-5]\d"
+)  # digits in a base and times are read as they are written
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
 
-from configs.load import UserError, load  # noqa: E402
+from configs.load import UserError, context_tokens, has_critic, has_reference, load  # noqa: E402
 from workers import fits_beside_vllm  # noqa: E402
 
 GIB = 2**30
@@ -116,8 +116,8 @@ def bias_params(config, shape):
 
 
 def critic_shape(cfg, shape):
-    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None for GRPO."""
-    if cfg.advantage == "group":
+    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None without one."""
+    if not has_critic(cfg):
         return None
     if cfg.critic_model:
         shape = read_shape(cfg.critic_model) or shape
@@ -148,7 +148,7 @@ def bytes_per_weight(cfg):
 def always_held(cfg, policy):
     """What is on the GPU in every phase."""
     size = bytes_per_weight(cfg)
-    reference = policy.params if cfg.kl_coef > 0 else 0
+    reference = policy.params if has_reference(cfg) else 0
     whole = min(reference, KEPT_WHOLE) if cfg.workers > 1 else 0
     return dict(
         [
@@ -182,12 +182,13 @@ def generating(cfg, policy, gpu_memory):
         item("vLLM's logits, three copies in fp32 (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
         item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
     ]
-    tokens = cfg.max_prompt_tokens + cfg.max_response_tokens
+    tokens = context_tokens(cfg)
     kv_heads = max(1, policy.kv_heads // cfg.tensor_parallel)  # Each GPU of an engine holds one at least.
     token_bytes = 2 * policy.layers * kv_heads * policy.head_dim * size  # a key and a value in each layer
     left = gpu_memory * GIB - sum(held.values())
     hundredths = left // (tokens * token_bytes / 100)
-    sequences = max(1.0, hundredths / 100)  # of full length, at the same time; one must fit
+    # Sequences of full length, in training or evaluation, at the same time; one must fit.
+    sequences = max(1.0, hundredths / 100)
     held |= [item("KV cache: sequences, tokens, bytes", sequences, tokens, token_bytes)]
     return held
 
@@ -244,7 +245,7 @@ def syncing(cfg, policy, policy_staying, critic_staying):
 def learners_stay(cfg, policy, gpu_memory):
     """Whether the learners' states will stay on the GPU, by the rule that each Worker applies to what its GPU reports."""
     taken = 1 * GIB  # by CUDA and NCCL before vLLM starts (a guess)
-    if cfg.kl_coef > 0:
+    if has_reference(cfg):
         taken += bytes_per_weight(cfg) * policy.params / cfg.workers  # the reference model
     total = gpu_memory * GIB
     return fits_beside_vllm(cfg, num_learned(cfg, policy), free=total - taken, total=total)
@@ -326,7 +327,7 @@ def derived(cfg):
         "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
         "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
     }
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         numbers["responses per critic update"] = f"{responses // cfg.critic_updates_per_step:,}"
     return numbers
 
