@@ -67,8 +67,8 @@ class Batch:
         self.lengths = self.prompt_lens + self.response_lens
         self.token_starts = np.cumsum(self.lengths) - self.lengths
         self.response_starts = np.cumsum(self.response_lens) - self.response_lens
-        self.correct = np.array([sample.correct for sample in samples])
-        self.cut_off = np.array([sample.finish_reason == "length" for sample in samples])
+        self.correct = np.array([sample.correct for sample in samples], bool)
+        self.cut_off = np.array([sample.finish_reason == "length" for sample in samples], bool)
         self.rewards = np.array([sample.reward for sample in samples], np.float32)
         self.logprobs = np.concatenate([sample.logprobs for sample in samples])
 

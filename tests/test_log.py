@@ -390,9 +390,6 @@ def test_last_lines_where_another_program_called(run, capsys, monkeypatch):
         words = capsys.readouterr().out.replace("\\\n", "").split()
         assert "sweep.py" not in words
         assert words[words.index("configs/tiny.py") - 1] == f"{ROOT}/launch.py"
-        monkeypatch.setattr(sys, "orig_argv", [*command, *argv])
-        run.end("done", 20, argv)
-        assert "sweep.py" in capsys.readouterr().out
 
 
 ARGUMENTS = [

@@ -347,8 +347,8 @@ def test_packing_of_shared_prompts(ranks):
     batch = SimpleNamespace(prompt_indices=np.arange(128).repeat(64), prompt_lens=prompt_lens)
     batch.lengths = np.maximum(lengths, prompt_lens + 1)
     batch.response_lens = batch.lengths - prompt_lens
-    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=ranks)
-    (plan,) = packing.plan_updates(batch, 1, np.random.default_rng(1), cfg, HIDDEN)
+    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=ranks, epochs_per_step=1)
+    (plan,) = packing.plan_updates(batch, range(8192), 1, np.random.default_rng(1), cfg, HIDDEN)
     assert sorted(i for packs in plan for indices in packs for i in indices) == list(range(8192))
 
     def shared_work(indices):
