@@ -2,7 +2,7 @@
 
     python data/mine_hard.py runs/orz_32b [--fewer_than=4] [--of=64] [--out=runs/orz_32b/hard.jsonl]
 
-In:   RUN/samples/step_*.jsonl, every response of every training step with its reward.
+In:   RUN/samples/step_*.jsonl, every response of every training step with the verdict on it. Its reward does not matter.
 Out:  JSON lines {"question", "answer"} and "choices" where there are some, which data/load.py reads, in the order of
       first use.
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs.load import UserError  # noqa: E402
 
+OLD_SAMPLE = "an older version made this sample, without a verdict 'correct'; mine {run} with a checkout of that version"
 USAGE = "usage: python data/mine_hard.py RUN [--fewer_than=4] [--of=64] [--out=FILE]"
 
 
@@ -47,9 +48,12 @@ def read_records(run):
         try:
             with open(file, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
-                    add_attempt(records, json.loads(line))
+                    row = json.loads(line)
+                    if "reward" in row and "correct" not in row:
+                        raise UserError(f"{file}:{number}: {OLD_SAMPLE.format(run=run)}")
+                    add_attempt(records, row)
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}:{number}: no sample with question, answer and reward") from None
+            raise UserError(f"{file}:{number}: no sample with question, answer and correct") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
     return records
@@ -65,7 +69,8 @@ def add_attempt(records, row):
     key = (row["question"], row["answer"])
     record = records.setdefault(key, Record(row.get("choices")))
     record.attempts += 1
-    record.solved += row["reward"] > 0
+    if row["correct"]:
+        record.solved += 1
 
 
 def mine(run, fewer_than, of, out):
@@ -78,7 +83,8 @@ def mine(run, fewer_than, of, out):
         judged += 1
         if record.solved / record.attempts < fewer_than / of:
             hard[key] = record
-            never += record.solved == 0
+            if record.solved == 0:
+                never += 1
     left_out = len(records) - judged
     print(f"{len(records):,} questions, {left_out:,} of them with fewer than {of} attempts: left out")
     rule = f"solved fewer than {fewer_than} times in {of}"
