@@ -1,5 +1,6 @@
 """Whole runs from the command line, on real Ray, vLLM and DeepSpeed; and the ways in which a run ends."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,8 +91,12 @@ def wait_for_step(process, folder, step):
 
 
 def workers_of(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ray::Worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # It may have ended meanwhile.
+            if "ray::Worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_two_workers_learn_and_leave_everything(undisturbed):
