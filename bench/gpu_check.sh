@@ -18,6 +18,8 @@ if [ -n "$packages" ] && [ ! -d "$packages" ]; then
   echo "error: $packages is not a folder: unpack the packages into one and name it" >&2
   exit 2
 fi
+packages=${packages:+$(realpath "$packages")}
+export PYTHONPATH="$PWD${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 RAY_ADDRESS=local
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
 if ! "$python" -c 'import torch' 2>/dev/null; then
   echo "error: $python has no torch: make demo installs .venv, or name another with PYTHON=…" >&2
@@ -29,7 +31,6 @@ if [ -z "${OUT:-}" ]; then
   OUT=$PWD/runs/gpu_check-$n
 fi
 mkdir -p "$OUT"
-export PYTHONPATH="$PWD${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 RAY_ADDRESS=local
 seconds_in_all=${SECONDS_IN_ALL:-640}
 limit_factor=1
 gpu=yes

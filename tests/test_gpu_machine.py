@@ -110,6 +110,18 @@ def test_make_asks_before_it_installs(tmp_path, driver, expected):
         assert "installing" not in done.stdout
 
 
+@pytest.mark.parametrize("wrong, words", [("/no/such/folder", "is not a folder"), ("", "has no torch")])
+def test_gpu_check_refuses_in_one_line(tmp_path, wrong, words):
+    """Ten minutes of a rented GPU, every step of which fails."""
+    program(tmp_path, "python", "exit 1")
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out")}
+    command = ["bench/gpu_check.sh", *([wrong] if wrong else [])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and words in line
+    assert not (tmp_path / "out").exists()
+
+
 FAKE_GPU = """
 import functools, ray, sys, launch
 ray.init = functools.partial(ray.init, num_gpus=1)  # this machine's Ray, as if it had a GPU
