@@ -472,10 +472,14 @@ def find_warnings(metrics, previous_drift_means):
     return found
 
 
+# Drift up to here is rounding in fp32, where it changes several-fold from step to step and means nothing.
+ROUNDING_DRIFT = 1e-4
+
+
 def drift_warning(drift_mean, previous_drift_means):
     """A warning if the drift is over three times the median of the ten steps before; None before there are ten."""
     last_ten = previous_drift_means[-10:]
-    if drift_mean is None or len(last_ten) < 10:
+    if drift_mean is None or drift_mean <= ROUNDING_DRIFT or len(last_ten) < 10:
         return None
     median = statistics.median(last_ten)
     if drift_mean <= 3 * median:

@@ -151,9 +151,11 @@ class Worker:
             return ray.util.get_node_ip_address(), server.getsockname()[1]
 
     def gpu_memory(self):
-        """GiB of this Worker's GPU."""
+        """GiB of this Worker's GPU. Raises RuntimeError, naming the node, where torch does not see it."""
+        import ray
         import torch
 
+        gpu_machine.check_worker(ray.util.get_node_ip_address())
         return torch.cuda.get_device_properties(self.gpu_index()).total_memory / 2**30
 
     def gpu_index(self):
