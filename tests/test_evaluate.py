@@ -8,6 +8,7 @@ import pytest
 from test_launch import ROOT, metrics, run
 
 import launch
+import reward
 from data.load import Prompt, Question
 from packing import Sample
 
@@ -123,3 +124,37 @@ def test_a_model_alone(tmp_path):
     code, out, err = run(tmp_path, sets, "--eval_samples=4", "--steps=1", "--prompts_per_step=8")
     assert code == 0, out + err
     assert metrics(tmp_path / "tiny")[0]["eval"] == alone["eval"]  # before the first step of training
+
+
+def test_metrics_of_lengths_and_reflection():
+    """The spread of right and wrong lengths mixed up, wrong responses that reflect counted, a word that is not counted."""
+    words = reward.response_stats("Wait, however, recheck, retry, alternatively, wait, no")
+    assert sum(words[word] for word in launch.REFLECTION) == 6
+    samples = [
+        sample("42", 1, length=10),
+        sample("42", 1, length=30),
+        sample("42", 1, length=20),
+        sample("41", 0, length=100),
+    ]
+    for one, waits in zip(samples, [0, 2, 1, 5]):
+        one.stats = {"wait": float(waits), "repetition": 0.5}
+    metrics = launch.response_metrics(samples)
+    assert metrics["response_tokens"] == 40
+    assert metrics["response_tokens_std"] == pytest.approx(np.std([10, 20, 30, 100]))
+    assert metrics["response_tokens_right_std"] == pytest.approx(np.std([10, 20, 30]))
+    assert metrics["response_tokens_wrong_std"] == 0
+    assert metrics["reflection"] == 2 and metrics["wait"] == 2
+    assert metrics["response_tokens_right_reflecting"] == 25
+    metrics = launch.response_metrics(samples[3:])
+    assert (
+        metrics["response_tokens_right_std"] is None and metrics["response_tokens_right_reflecting"] is None
+    )
+
+
+def test_metrics_of_groups():
+    """A question counts as solved by another one's response, or a group of equal wrong answers is not counted as equal."""
+    correct = np.array([1, 0, 0, 0, 1, 1], bool)
+    batch = SimpleNamespace(correct=correct, rewards=correct.astype(np.float32))
+    assert launch.group_metrics(batch, 2) == {"pass_at_n": pytest.approx(2 / 3), "equal_groups": 2 / 3}
+    batch.rewards = np.array([1, 0.5, 0, 0, 1, 1], np.float32)
+    assert launch.group_metrics(batch, 3) == {"pass_at_n": 1.0, "equal_groups": 0.0}
