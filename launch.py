@@ -59,7 +59,8 @@ def train(cfg, workers, tasks, log):
 
         # Pack: whole samples laid end to end, the same work on every rank.
         batch = Batch(samples)
-        forward_plan = plan_samples(batch, range(len(samples)), cfg, tasks.hidden_size)
+        everything = range(len(samples))
+        forward_plan = plan_samples(batch, everything, cfg, tasks.hidden_size)
 
         # Log-probs of the policy before its updates and of the reference model, where a setting needs them.
         if cfg.kl_coef or updates_per_step(cfg, "policy") > 1:
@@ -76,10 +77,8 @@ def train(cfg, workers, tasks, log):
 
         # Critic: every sample once, split at random into critic_updates_per_step updates.
         if has_critic(cfg):
-            rng = rng_for(cfg.seed, step, "critic")
-            plans = plan_updates(
-                batch, range(len(samples)), cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size
-            )
+            rng, num_updates = rng_for(cfg.seed, step, "critic"), cfg.critic_updates_per_step
+            plans = plan_updates(batch, everything, num_updates, rng, cfg, tasks.hidden_size)
             metrics |= workers.update("critic", batch, plans)
 
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
@@ -148,13 +147,15 @@ def response_metrics(samples):
         "reward": mean(sample.reward for sample in samples),
         "accuracy": mean(sample.correct for sample in samples),
     }
-    for name, lengths in {"": right + wrong, "_right": right, "_wrong": wrong}.items():
-        metrics[f"response_tokens{name}"] = mean(lengths)
-        metrics[f"response_tokens{name}_std"] = float(np.std(lengths)) if lengths else None
-    reflections = [sum(sample.stats.get(word, 0.0) for word in REFLECTION) for sample in samples]
-    reflecting = [sample for sample, count in zip(samples, reflections) if sample.correct and count > 0]
-    metrics["reflection"] = mean(reflections)
-    metrics["response_tokens_right_reflecting"] = mean(len(sample.response_ids) for sample in reflecting)
+    all_lengths = {
+        "response_tokens": right + wrong,
+        "response_tokens_right": right,
+        "response_tokens_wrong": wrong,
+    }
+    for name, lengths in all_lengths.items():
+        metrics[name] = mean(lengths)
+        metrics[f"{name}_std"] = float(np.std(lengths)) if lengths else None
+    metrics |= reflection_metrics(samples)
     for name in samples[0].stats:
         metrics[name] = mean(sample.stats[name] for sample in samples)
     for outcome in UNGRADED:
@@ -162,14 +163,23 @@ def response_metrics(samples):
     return metrics
 
 
+def reflection_metrics(samples):
+    """How often a response reflects, and how long right responses are that do (ORZ's paper, Figure 4)."""
+    counts, lengths = [], []
+    for sample in samples:
+        count = sum(sample.stats.get(word, 0.0) for word in REFLECTION)
+        counts.append(count)
+        if sample.correct and count > 0:
+            lengths.append(len(sample.response_ids))
+    return {"reflection": mean(counts), "response_tokens_right_reflecting": mean(lengths)}
+
+
 def group_metrics(batch, group_size):
     """What a question's responses have in common: whether one of them is right, whether all have one reward."""
     correct = batch.correct.reshape(-1, group_size)  # [prompts, G]
     rewards = batch.rewards.reshape(-1, group_size)
-    return {
-        "pass_at_n": float(correct.any(axis=1).mean()),
-        "equal_groups": float((rewards.min(axis=1) == rewards.max(axis=1)).mean()),
-    }
+    is_equal = rewards.min(axis=1) == rewards.max(axis=1)  # [prompts]
+    return {"pass_at_n": mean(correct.any(axis=1)), "equal_groups": mean(is_equal)}
 
 
 def evaluate(cfg, workers, tasks, log, step):

@@ -8,6 +8,7 @@ import pytest
 import ranks
 from test_launch import ROOT, metrics, run
 
+import equality
 import launch
 import reward
 from configs.load import load
@@ -145,7 +146,9 @@ def graded_samples():
     worker.gpu_owner = "rollout"
     worker.grader = reward.Grader(1)
     prompts = list(enumerate(tasks.eval["eval"][:64]))
-    samples, _ = worker.generate(workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0))
+    samples, _ = worker.generate(
+        workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0, max_tokens=LIMIT)
+    )
     answers = [prompt.question.answer for _, prompt in prompts]
     return samples, [answers[response.prompt_index] for response in samples]
 
@@ -155,7 +158,7 @@ def test_only_a_response_that_ended_by_itself_is_correct(tmp_path):
     ((samples, answers),) = ranks.run_ranks("test_evaluate", "graded_samples", 1, tmp_path)
     seen = set()
     for response, answer in zip(samples, answers, strict=True):
-        has_answer = reward.is_equal(reward.extract_answer(response.text), answer)
+        has_answer = equality.is_equal(reward.extract_answer(response.text), answer)
         is_whole = response.finish_reason == "stop"
         assert response.correct is (has_answer and is_whole), response
         assert response.reward == float(response.correct)
@@ -188,3 +191,37 @@ def test_a_model_alone(tmp_path):
     code, out, err = run(tmp_path, sets, "--eval_samples=4", "--steps=1", "--prompts_per_step=8")
     assert code == 0, out + err
     assert metrics(tmp_path / "tiny")[0]["eval"] == alone["eval"]  # before the first step of training
+
+
+def test_metrics_of_lengths_and_reflection():
+    """The spread of right and wrong lengths mixed up, wrong responses that reflect counted, a word that is not counted."""
+    words = reward.response_stats("Wait, however, recheck, retry, alternatively, wait, no")
+    assert sum(words[word] for word in launch.REFLECTION) == 6
+    samples = [
+        sample("42", 1, length=10),
+        sample("42", 1, length=30),
+        sample("42", 1, length=20),
+        sample("41", 0, length=100),
+    ]
+    for one, waits in zip(samples, [0, 2, 1, 5]):
+        one.stats = {"wait": float(waits), "repetition": 0.5}
+    metrics = launch.response_metrics(samples)
+    assert metrics["response_tokens"] == 40
+    assert metrics["response_tokens_std"] == pytest.approx(np.std([10, 20, 30, 100]))
+    assert metrics["response_tokens_right_std"] == pytest.approx(np.std([10, 20, 30]))
+    assert metrics["response_tokens_wrong_std"] == 0
+    assert metrics["reflection"] == 2 and metrics["wait"] == 2
+    assert metrics["response_tokens_right_reflecting"] == 25
+    metrics = launch.response_metrics(samples[3:])
+    assert (
+        metrics["response_tokens_right_std"] is None and metrics["response_tokens_right_reflecting"] is None
+    )
+
+
+def test_metrics_of_groups():
+    """A question counts as solved by another one's response, or a group of equal wrong answers is not counted as equal."""
+    correct = np.array([1, 0, 0, 0, 1, 1], bool)
+    batch = SimpleNamespace(correct=correct, rewards=correct.astype(np.float32))
+    assert launch.group_metrics(batch, 2) == {"pass_at_n": pytest.approx(2 / 3), "equal_groups": 2 / 3}
+    batch.rewards = np.array([1, 0.5, 0, 0, 1, 1], np.float32)
+    assert launch.group_metrics(batch, 3) == {"pass_at_n": 1.0, "equal_groups": 0.0}

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_launch import QUICK, metrics, run, without_timings
 
 from configs.load import BASE, ROOT, UserError, load, read_file
 from data import prepare
@@ -190,6 +191,74 @@ def test_the_page_of_the_sizes_quotes_the_plan():
         lines += [line for line in printed if re.match(r"(generate|sync): |.*KV cache|vLLM engines", line)]
     page = (ROOT / "docs" / "sizes.md").read_text(encoding="utf-8")
     assert "\n".join(lines) in page, "\n".join(lines)
+
+
+# ---- Variants, as whole runs -----------------------------------------------------------------------------------
+
+WHOLE_RUNS = {  # what is trained with → metrics that exist beside those of the defaults
+    "--critic_warmup_steps=1": [],
+    "--epochs_per_step=2 --clip_eps_high=0.28": ["approx_kl"],
+    "--lam=0.95 --critic_lam=0.9 --normalise_advantages=False": [],
+    "--kl_loss_coef=0.1 --kl_estimator=k2 --update_ref_every=1": ["kl_loss"],
+    "--loss_average=response": [],
+    "--loss_average=constant": [],
+    "--importance_cap=2": ["importance_truncated", "importance_masked"],
+    "--importance_token_band=0.5,5": ["importance_truncated", "importance_masked"],
+    "--importance_response_band=0.99,1.01": ["importance_truncated", "importance_masked"],
+    "--drop_equal_groups=True": [],
+    "--drop_cut_off=True": [],
+    "--advantage=grpo --loss_average=response": [],
+    "--advantage=dr_grpo --loss_average=constant": [],
+    "--advantage=rloo": [],
+    "--advantage=reinforce": [],
+    "--eval_max_response_tokens=120 --eval_every=2": ["eval"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", WHOLE_RUNS)
+def test_a_whole_run_with_a_variant(arguments, tmp_path):
+    """A variant that is right as a formula, and stops a run: an array nobody computes, a network nobody loads."""
+    code, out, err = run(tmp_path, "--name=a", *QUICK, "--workers=2", *arguments.split())
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    assert all(rows[-1][name] is not None for name in WHOLE_RUNS[arguments])
+    assert rows[-1]["grad_norm_policy"] > 0 and rows[-1]["drift_mean"] < 1e-4
+    if "warmup" in arguments:
+        assert "pg_loss" not in rows[0] and rows[0]["grad_norm_critic"] > 0
+    if "advantage" in arguments:
+        assert "v_loss" not in rows[-1] and not (tmp_path / "a/critic").exists()
+
+
+@pytest.mark.soak
+def test_no_response_is_left_to_train_on(tmp_path):
+    """All groups agree in a step: an empty plan ends the run, or stands in for an update and is counted."""
+    sizes = ["--steps=6", "--prompts_per_step=2", "--samples_per_prompt=2", "--eval_every=-1"]
+    code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True")
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    without = [row for row in rows if row["policy_samples"] == 0]
+    assert without and len(without) < len(rows)
+    assert all("pg_loss" not in row and row["grad_norm_critic"] > 0 for row in without)
+
+
+@pytest.mark.soak
+def test_schedules_go_on_where_they_were(tmp_path):
+    """After a resume the critic learns alone again, the warm-up begins anew, or the reference is the base model."""
+    schedule = ["--critic_warmup_steps=2", "--epochs_per_step=2", "--warmup_steps=9"]
+    schedule += ["--kl_loss_coef=0.1", "--update_ref_every=2", "--workers=2"]
+    whole = run(tmp_path, "--name=whole", *QUICK, *schedule, "--steps=5")
+    first = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=3")
+    second = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=5")
+    assert [code for code, _, _ in (whole, first, second)] == [0, 0, 0], (whole, first, second)
+    rows = without_timings(metrics(tmp_path / "whole"))
+    assert rows == without_timings(metrics(tmp_path / "parts"))
+    assert [row.get("lr_policy") is None for row in rows] == [True, True, False, False, False]
+    rates = [row["lr_policy"] / 5e-4 * 9 for row in rows[2:]]
+    assert rates == pytest.approx([1.5, 3.5, 5.5])  # means over updates 1 and 2, 3 and 4, 5 and 6
+    assert rows[2]["kl_loss"] > 0  # the second of two updates; the reference is the policy before the first
+    weights = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
 
 
 # ---- Fetching --------------------------------------------------------------------------------------------------
