@@ -22,12 +22,20 @@ from collections import Counter
 
 import numpy as np
 
-from configs.load import UserError, has_critic, has_reference, load, updates_per_step, without_effect
+from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
-from reward import extract_answer
+from reward import REFLECTION, extract_answer
 from tools import plan
-from workers import PhaseTimeout, Stopped, StopRequest, WorkerGroup, checkpoints, rng_for
+from workers import (
+    Cluster,
+    PhaseTimeout,
+    Stopped,
+    StopRequest,
+    WorkerGroup,
+    newest_whole_checkpoint,
+    rng_for,
+)
 
 # Ray listens on every address of this machine; a token keeps others out. Ray reads this when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -87,10 +95,11 @@ def train(cfg, workers, tasks, log):
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
         log.step({"step": step} | metrics | workers.take_seconds())
-        log.lines(f"step_{step}", [sample.line for sample in samples])
+        if cfg.samples_every > 0 and step % cfg.samples_every == 0:
+            log.lines(f"step_{step}", [sample.line for sample in samples])
         if "eval" in metrics:
             log.curves()
-        workers.finish_step(step)
+        workers.finish_step()
         if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
             workers.save()
         if workers.stop_request.signal:
@@ -125,9 +134,6 @@ def mean(values):
 
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
-
-# ORZ's reflection patterns, as reward.response_stats counts them.
-REFLECTION = ("wait", "recheck", "retry", "alternatively", "however")
 
 
 def response_metrics(samples):
@@ -223,22 +229,32 @@ def majority_is_correct(group):
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def start_ray():
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one. Returns whether it has GPUs."""
+def start_ray(log):
+    """Join the Ray cluster that RAY_ADDRESS names or that runs on this machine, else start one. Returns a Cluster."""
     import ray
 
+    for path in (sys.executable, str(ROOT)):
+        if " " in path:
+            raise UserError(
+                f"Ray cannot start processes where a path has a space: move the project from {path!r}"
+            )
     address = os.environ.get("RAY_ADDRESS", "auto")
     context = None if address == "local" else join_cluster(address)
     how = "joined" if context else "started"
     context = context or start_cluster()
-    print(f"{how} the Ray cluster at {context.address_info['gcs_address']}", flush=True)
-    return ray.cluster_resources().get("GPU", 0) > 0
+    log.say(f"{how} the Ray cluster at {context.address_info['gcs_address']}")
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return Cluster(has_gpus, context.address_info["session_dir"])
 
 
 def join_cluster(address):
     """Returns None where the address is "auto" and no cluster runs on this machine. Raises UserError where joining fails."""
     import ray
 
+    if address.startswith("ray://"):
+        raise UserError(
+            f"RAY_ADDRESS={address} is Ray's client: run this on a node of the cluster, with RAY_ADDRESS=auto"
+        )
     try:
         if ":" in address:  # Where nobody listens Ray would wait for minutes and then end this process.
             socket.create_connection(address.rsplit(":", 1), timeout=10).close()
@@ -246,8 +262,15 @@ def join_cluster(address):
     except Exception as error:
         if address == "auto" and isinstance(error, ConnectionError):
             return None
-        reason = f"{str(error).splitlines()[0]}; RAY_ADDRESS=local starts one of its own"
-        raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
+        reason = str(error).splitlines()[0]
+        if (
+            "oken" in reason
+        ):  # "Token authentication is enabled but no authentication token was found", and the like
+            reason = "it and this run have different tokens: start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=… and set"
+            reason += " both here, or set RAY_AUTH_MODE=disabled for both"
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r}: {reason}; RAY_ADDRESS=local starts another"
+        ) from error
 
 
 def start_cluster():
@@ -287,7 +310,7 @@ def run_with_restarts(cfg, argv, tasks, log):
             return run_once(cfg, argv, tasks, log, stop_request)
         except (RayActorError, PhaseTimeout) as error:
             report(error, log)
-            step = max(checkpoints(cfg), default=0)
+            step = newest_whole_checkpoint(cfg, log)
             # A signal may have ended the Workers along with this process.
             if stop_request.signal or not may_restart(failed_steps, step, cfg.max_restarts):
                 return os.EX_TEMPFAIL
@@ -303,13 +326,15 @@ def may_restart(failed_steps, step, max_restarts):
 def run_once(cfg, argv, tasks, log, stop_request):
     """Start Ray and the Workers, train, save and export. Returns the exit code."""
     import ray
+    from ray.exceptions import RayActorError
 
     try:
-        on_gpu = start_ray()
+        stop_request.shield_children()
+        cluster = start_ray(log)
         stop_request.listen()
-        workers = WorkerGroup(cfg, log, on_gpu, stop_request)
+        workers = WorkerGroup(cfg, log, cluster, stop_request)
         workers.place()
-        if on_gpu and not cfg.eval_only:
+        if cluster.has_gpus and not cfg.eval_only:
             plan.check_fits(cfg, cfg.gpu_memory or workers.gpu_memory())
         workers.start()
         log.start(workers.step, workers.num_parameters, tasks)
@@ -321,6 +346,11 @@ def run_once(cfg, argv, tasks, log, stop_request):
         except Stopped:
             ending = f"stopped by {stop_request.signal.name}"
             code = 128 + stop_request.signal
+        except (RayActorError, PhaseTimeout):
+            raise
+        except Exception:
+            save_what_is_whole(workers, log)
+            raise
         workers.save()
         workers.export(tasks.tokenizer)
         log.end(ending, workers.step, argv)
@@ -329,9 +359,22 @@ def run_once(cfg, argv, tasks, log, stop_request):
         ray.shutdown()
 
 
+def save_what_is_whole(workers, log):
+    """After an exception: a checkpoint of the last step whose updates are complete, if the learners are still those."""
+    if workers.networks_step is None:
+        log.say("the networks are amid the updates of a step and are not saved", bold=True)
+        return
+    try:
+        workers.save()
+        log.say(f"the networks of step {workers.networks_step} are saved", bold=True)
+    except Exception as error:
+        log.say(f"the networks cannot be saved: {error}", bold=True)
+
+
 def report(error, log):
     """One line about an exception that ended the run; its traceback goes into error.txt."""
-    (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+    with log.best_effort("error.txt"):
+        (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
     cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
     reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # Of a death Ray names the node.
     log.say(f"error: {reason} (see {log.dir}/error.txt)")

@@ -15,6 +15,7 @@ A Learner that waits does so in CPU memory, or on the GPU where fits_beside_vllm
 neither weights nor KV cache. This file imports torch, Ray and vLLM only inside functions.
 """
 
+import json
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from configs.load import ROOT, UserError, eval_response_tokens, has_critic, has_
 from log import installed, sample_line
 from reward import Grader, response_stats
 from tools import gpu_machine
+
+START_SECONDS = 300  # until every Worker must have answered; the slowest disks need a minute
 
 
 def fits_beside_vllm(cfg, num_learned, free, total):
@@ -69,12 +72,6 @@ def saved_networks(cfg):
     return [*learned_networks(cfg), *(["reference"] if follows else [])]
 
 
-def checkpoints(cfg):
-    """The complete checkpoints of a run: step → folder."""
-    folders = Path(cfg.out_dir, cfg.name, "checkpoints").glob("step_*[0-9]")
-    return {int(folder.name.removeprefix("step_")): str(folder) for folder in folders}
-
-
 class Stopped(Exception):
     """A signal asked the run to end, and the networks are those of the last finished step."""
 
@@ -84,14 +81,25 @@ class PhaseTimeout(Exception):
 
 
 class StopRequest:
-    """Whether a signal has asked the run to end. The first one is noted, a second one ends the process at once."""
+    """Whether a signal has asked the run to end. The first one is noted, a second one ends the process at once.
+
+    SIGHUP comes when the terminal closes. A signal that was ignored when the run started stays ignored: nohup does that
+    with SIGHUP, and a shell with SIGINT for what runs in its background.
+    """
 
     def __init__(self):
         self.signal = None  # a signal.Signals
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.heeded = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+
+    def shield_children(self):
+        """Call this before Ray starts processes. They inherit that SIGHUP is ignored, and outlive the terminal: the
+        Workers hold the networks, which are still to be saved."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def listen(self):
         """Call this after ray.init, which installs handlers of its own."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.heeded:
             signal.signal(signum, self.note)
 
     def note(self, signum, _):
@@ -101,6 +109,14 @@ class StopRequest:
             ray.shutdown()
             os._exit(128 + signum)
         self.signal = signal.Signals(signum)
+
+
+@dataclass
+class Cluster:
+    """The Ray cluster that the driver has joined or started."""
+
+    has_gpus: bool
+    session_dir: str  # Ray's folder on this machine, with its logs
 
 
 # ---- One GPU -----------------------------------------------------------------------------------------------------
@@ -181,7 +197,11 @@ class Worker:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             self.learners_stay_on_gpu = fits_beside_vllm(cfg, num_learned, free, total)
-        self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
+        try:
+            self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
+        except Exception as error:
+            # Some of vLLM's exceptions cannot be pickled: the driver would see only that.
+            raise RuntimeError(f"vLLM does not start: {error}") from None
         self.gpu_owner = "rollout"  # It has read the policy's weights from the same folder.
         graders = os.cpu_count() * cfg.tensor_parallel // cfg.workers
         self.grader = Grader(max(1, min(graders, 8)))
@@ -284,7 +304,8 @@ class Worker:
         if not self.is_first_of_engine:
             return [], ids_hash
         for place, sample in samples.items():
-            sample.correct, sample.graded = verdicts[place].result()
+            verdict, sample.graded = verdicts[place].result()
+            sample.correct = bool(verdict)
             sample.reward = float(sample.correct)
             sample.line = sample_line(sample, prompts[place][1].question)
         return [samples[place] for place in sorted(samples)], ids_hash
@@ -353,13 +374,13 @@ class Worker:
 class WorkerGroup:
     """The driver's side of the Workers. Each method makes the same call on all of them and waits for the results."""
 
-    def __init__(self, cfg, log, on_gpu, stop_request):
+    def __init__(self, cfg, log, cluster, stop_request):
         import ray
 
-        self.cfg, self.log, self.on_gpu, self.stop_request = cfg, log, on_gpu, stop_request
+        self.cfg, self.log, self.cluster, self.stop_request = cfg, log, cluster, stop_request
         self.ray = ray
         self.step = 0  # the last finished one
-        self.at_step_boundary = True  # whether the learners are those of that step
+        self.networks_step = 0  # the step after which the learners are as they are; None during updates
         self.seconds = {}  # of each phase since the last take_seconds()
         self.longest_seconds = {}  # the longest that each phase has taken
 
@@ -370,7 +391,7 @@ class WorkerGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         remove_leftover_segments()
-        cfg, resource = self.cfg, "GPU" if self.on_gpu else "CPU"
+        cfg, resource = self.cfg, "GPU" if self.cluster.has_gpus else "CPU"
         # One bundle per engine: a tensor-parallel group sits on one node, and all bundles are reserved together.
         bundles = [{resource: cfg.tensor_parallel}] * (cfg.workers // cfg.tensor_parallel)
         group = self.ray.util.placement_group(bundles, strategy="PACK")
@@ -383,15 +404,31 @@ class WorkerGroup:
         self.handles = []
         for rank in range(cfg.workers):
             options = {
-                "num_gpus": 1 if self.on_gpu else 0,
-                "num_cpus": 0 if self.on_gpu else 1,
-                "runtime_env": {"env_vars": worker_environment(cfg, self.on_gpu)},
+                "num_gpus": 1 if self.cluster.has_gpus else 0,
+                "num_cpus": 0 if self.cluster.has_gpus else 1,
+                "runtime_env": {"env_vars": worker_environment(cfg, self.cluster.has_gpus)},
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // cfg.tensor_parallel
                 ),
             }
             self.handles.append(actor.options(**options).remote(cfg, rank))
-        self.addresses = self.watch("address")  # (node, free port) of each
+        self.addresses = self.first_answers()
+
+    def first_answers(self):
+        """(node, free port) of each Worker. Raises where they do not start, with the last that Ray's own log says."""
+        refs = [handle.address.remote() for handle in self.handles]
+        try:
+            return self.ray.get(refs, timeout=START_SECONDS)
+        except self.ray.exceptions.GetTimeoutError:
+            reason = f"no answer from all {len(refs)} Workers within {START_SECONDS} s"
+            raise RuntimeError(
+                f"{reason}; Ray's log says: {last_line_of_logs(self.cluster.session_dir)}"
+            ) from None
+        except self.ray.exceptions.RayActorError as error:
+            if "never ran" not in str(error):
+                raise
+            way_out = "start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…, or set RAY_AUTH_MODE=disabled here"
+            raise UserError(f"the Ray cluster was started without this run's token: {way_out}") from error
 
     def gpu_memory(self):
         """GiB of the first Worker's GPU."""
@@ -453,7 +490,7 @@ class WorkerGroup:
 
     def update(self, kind, batch, plans, kl_plan=None):
         """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
-        self.at_step_boundary = False
+        self.networks_step = None
         return self.call(kind, "update", kind, batch, plans, self.step + 1, kl_plan)[0]
 
     def update_reference(self):
@@ -461,19 +498,20 @@ class WorkerGroup:
         self.call("update_reference", "update_reference")
 
     def sync(self):
-        """Send the policy's weights to all vLLM engines, proved complete."""
+        """Send the policy's weights to all vLLM engines, proved complete. It ends the updates of a step."""
         self.call("sync", "sync")
+        self.networks_step = self.step + 1
 
-    def finish_step(self, step):
-        self.step = step
-        self.at_step_boundary = True
+    def finish_step(self):
+        """The step is logged and evaluated: from here on a run may stop and go on."""
+        self.step = self.networks_step
 
     # -- Out
 
     def save(self):
         """Write checkpoints/step_N atomically: into a folder beside it, which is then renamed."""
-        folder = f"{self.log.dir}/checkpoints/step_{self.step}"
-        if self.step == 0 or os.path.exists(folder):
+        folder = f"{self.log.dir}/checkpoints/step_{self.networks_step}"
+        if self.networks_step == 0 or os.path.exists(folder):
             return
         size = 12 * self.num_parameters  # fp32 weights and AdamW's two averages
         free = shutil.disk_usage(self.log.dir).free
@@ -532,7 +570,7 @@ class WorkerGroup:
                 results |= zip(done, self.results_of(done))
                 seconds = time.monotonic() - start
                 bar.update(task, completed=seconds)
-                if self.stop_request.signal and interruptible and self.at_step_boundary:
+                if self.stop_request.signal and interruptible and self.networks_step == self.step:
                     self.watch("interrupt")
                     if not pending:
                         raise Stopped
@@ -601,6 +639,63 @@ def worker_environment(cfg, on_gpu):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // cfg.workers))
     return environment
+
+
+def last_line_of_logs(session_dir):
+    """The last line that says something, of those logs of Ray's on this machine that tell why processes do not start."""
+    for pattern in ("raylet.err", "worker-*.err", "gcs_server.err", "raylet.out"):
+        for file in sorted(Path(session_dir, "logs").glob(pattern)):
+            lines = file.read_text(errors="replace").split("\n")
+            lines = [line for line in lines if line.strip()]
+            if lines:
+                return f"{lines[-1].strip()[:300]} ({file})"
+    return f"nothing ({session_dir}/logs)"
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+def checkpoints(cfg):
+    """The checkpoints of a run: step → folder."""
+    folders = Path(cfg.out_dir, cfg.name, "checkpoints").glob("step_*[0-9]")
+    return {int(folder.name.removeprefix("step_")): str(folder) for folder in folders}
+
+
+def newest_whole_checkpoint(cfg, log):
+    """The step of the newest checkpoint without a fault, 0 where there is none. Newer ones are named and left alone."""
+    saved = checkpoints(cfg)
+    for step in sorted(saved, reverse=True):
+        fault = checkpoint_fault(saved[step], cfg)
+        if fault is None:
+            return step
+        log.say(f"the checkpoint of step {step} is damaged and not used: {fault}")
+    return 0
+
+
+def checkpoint_fault(folder, cfg):
+    """What is wrong with the files of a checkpoint; None where they are whole."""
+    for kind in learned_networks(cfg):
+        for rank in range(cfg.workers):
+            fault = safetensors_fault(f"{folder}/{kind}_{rank}.safetensors")
+            if fault:
+                return fault
+    return None
+
+
+def safetensors_fault(path):
+    """What is wrong with a safetensors file, by its header and its size; None where it is whole."""
+    try:
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(header_size, 100_000_000)))
+            header.pop("__metadata__", None)
+            expected = 8 + header_size + max(tensor["data_offsets"][1] for tensor in header.values())
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{path} is not a safetensors file"
+    size = os.path.getsize(path)
+    return None if size == expected else f"{path} has {size:,} bytes instead of {expected:,}"
 
 
 def remove_leftover_segments():

@@ -378,6 +378,7 @@ def answers(rng):
 
 def grading(repeats):
     """Two processes, and one without any: what the processes cost and gain."""
+    import equality
     import reward
 
     items, source = answers(random.Random(0))
@@ -387,7 +388,7 @@ def grading(repeats):
     row, ours, plain = in_turns(
         repeats,
         lambda: [future.result() for future in [grader.submit(*item) for item in items]],
-        lambda: [float(reward.is_equal(reward.extract_answer(text), answer)) for text, answer in items],
+        lambda: [float(equality.is_equal(reward.extract_answer(text), answer)) for text, answer in items],
     )
     rewards, outcomes = zip(*ours)
     return row | {

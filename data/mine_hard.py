@@ -2,7 +2,7 @@
 
     python data/mine_hard.py runs/orz_32b [--fewer_than=4] [--of=64] [--out=runs/orz_32b/hard.jsonl]
 
-In:   RUN/samples/step_*.jsonl, every response of every training step with its reward.
+In:   RUN/samples/step_*.jsonl, every response of every training step, and whether it is right.
 Out:  JSON lines {"question", "answer"} and "choices" where there are some, which data/load.py reads, in the order of
       first use.
 
@@ -65,7 +65,8 @@ def add_attempt(records, row):
     key = (row["question"], row["answer"])
     record = records.setdefault(key, Record(row.get("choices")))
     record.attempts += 1
-    record.solved += row["reward"] > 0
+    # Where an older version wrote the sample, its reward alone says whether it is right.
+    record.solved += row.get("correct", row["reward"] > 0)
 
 
 def mine(run, fewer_than, of, out):

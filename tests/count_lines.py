@@ -23,6 +23,7 @@ ALGORITHM = ["launch.py", "ppo.py", "rollout.py", "reward.py", "model.py"]
 MACHINERY = [
     "workers.py",
     "packing.py",
+    "equality.py",
     "log.py",
     "configs/base.py",
     "configs/load.py",

@@ -1,4 +1,4 @@
-"""What only a GPU does: FlashAttention, bf16, the turns of its memory, sleeping vLLM, a whole run. NOT RUN yet.
+"""What only a GPU does: FlashAttention, bf16, buffers, the turns of its memory, sleeping vLLM, a whole run. NOT RUN yet.
 
 `make gpu`, with the packages of requirements.txt. Without a GPU all are skipped.
 """
@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import ranks
+import test_buffers
 import test_rollout
 import tiny_models
 import torch
@@ -51,6 +52,39 @@ def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
         (out * torch.arange(out.numel(), device=place).reshape(out.shape).cos()).sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     assert all(apart(flash, padded) < 2e-2 for flash, padded in zip(*results))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The models' paths, and test_buffers.loaded_buffers on the GPU, in bf16."""
+    folder = tmp_path_factory.mktemp("buffers")
+    paths = test_buffers.make_models(folder)
+    arguments = {"paths": paths, "device": "cuda", "dtypes": [torch.bfloat16]}
+    (result,) = ranks.run_ranks("test_buffers", "loaded_buffers", 1, folder, 900, on_gpu=True, **arguments)
+    return paths, result
+
+
+def test_buffers_on_a_gpu(loaded):
+    """zero.Init rounds inv_freq to bf16 on the GPU, where its tensors are made, in spite of all that was tried on a CPU."""
+    paths, buffers = loaded
+    for family, path in paths.items():
+        for kind in test_buffers.KINDS:
+            plain = test_buffers.plain_buffers(path, kind, torch.bfloat16, "cuda")
+            test_buffers.assert_same(buffers[family, kind, torch.bfloat16], plain)
+
+
+def test_rounded_buffers_on_a_gpu_are_refused(loaded):
+    for kind in test_buffers.KINDS:
+        assert "inv_freq has torch.bfloat16 instead of torch.float32" in loaded[1]["rounded", kind]
+
+
+def test_long_text_on_a_gpu(tmp_path):
+    """A Learner whose log-probs leave those of plain transformers as a text of 4,096 tokens goes on."""
+    path, ids = test_buffers.make_long_text(tmp_path / "model")
+    arguments = {"path": path, "ids": ids, "device": "cuda"}
+    results = ranks.run_ranks("test_buffers", "learner_logprobs", 1, tmp_path, 900, on_gpu=True, **arguments)
+    plain = test_buffers.plain_logprobs(path, ids, "cuda")
+    test_buffers.assert_long_text_shows_rounding(results[0], plain)
 
 
 def turns(path, device="cuda"):

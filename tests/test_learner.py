@@ -110,6 +110,136 @@ def mini_batches(world_size):
 # ---- In the ranks -----------------------------------------------------------------------------------------------
 
 
+def weights(learner):
+    return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+def gradients_of_plans(still, batch):
+    """The gradient and its norm, of the same samples in different packs. `still` has the learning rate 0."""
+    world_size, everything = torch.distributed.get_world_size(), range(len(RESPONSE_LENS))
+    plans = {num_packs: even_plan(everything, num_packs, world_size) for num_packs in SPLITS}
+    shuffled = np.random.default_rng(1).permutation(len(everything))
+    plans["shuffled"] = even_plan(shuffled, 4, world_size)
+    plans["empty packs"] = [[[], *packs, []] for packs in even_plan(everything, 4, world_size)]
+    return {
+        (still.kind, "gradient", variant): gradient(still, batch, plan) for variant, plan in plans.items()
+    }
+
+
+def gradient(still, batch, plan):
+    grads, metrics = gradient_and_metrics(still, batch, plan)
+    return grads, metrics[f"grad_norm_{still.kind}"]
+
+
+def variants_of_the_policy(still, batch):
+    """The gradient and the metrics of each of VARIANTS. `still` has the learning rate 0."""
+    results = {}
+    for name in VARIANTS:
+        still.cfg, still.drift_limit = variant_settings(name), -1.0
+        changed = variant_batch(batch, still.cfg)
+        plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, still.world_size)
+        results["variant", name] = gradient_and_metrics(still, changed, plan)
+    return results
+
+
+def gradient_and_metrics(still, batch, plan):
+    from deepspeed.utils import safe_get_full_grad
+
+    step, grads = still.engine.step, {}
+
+    def record():
+        for name, parameter in still.network.named_parameters():
+            grads[name.removeprefix("hf.")] = safe_get_full_grad(parameter).clone()
+        step()
+
+    with mock.patch.object(still.engine, "step", record):
+        metrics = still.update(batch, [plan], 1)
+    return grads, metrics
+
+
+def spoilt_updates(learner, batch):
+    """Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole, results = [even_plan(range(len(RESPONSE_LENS)), 4, world_size)], {}
+    few = even_plan(KL_SAMPLES, 3, world_size)
+
+    def infinite(self, *arguments):
+        """A finite loss whose gradient is not: √ at 0."""
+        loss, vectors = policy_terms(self, *arguments)
+        return loss + (loss - loss.detach()).abs().clamp(min=0).sqrt() if rank == 0 else loss, vectors
+
+    policy_terms = ppo.Learner.policy_terms
+    for name, field, error in (
+        ("not finite", "advantages", FloatingPointError),
+        ("infinite gradient", None, FloatingPointError),
+        ("drift", "logprobs", ppo.DriftError),
+    ):
+        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")  # this call's own folder
+        before, good = weights(spoilt), getattr(batch, field or "logprobs")
+        bad = good.copy()
+        if field:
+            bad[tiny_models.place(batch, 0)] = (
+                np.nan if name == "not finite" else good[tiny_models.place(batch, 0)] - 5
+            )
+        terms = policy_terms if field else infinite
+        with mock.patch.object(batch, field or "logprobs", bad), pytest.raises(error) as caught:
+            with mock.patch.object(ppo.Learner, "policy_terms", terms):
+                spoilt.update(batch, whole, 1)
+        unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
+        change, means, saved = None, None, None
+        if (
+            error is FloatingPointError
+        ):  # left out: the next update must know nothing of it, nor of one that is skipped
+            spoilt.cfg.on_nonfinite = "skip"
+            with mock.patch.object(batch, field or "logprobs", bad):
+                with mock.patch.object(ppo.Learner, "policy_terms", terms):
+                    means = spoilt.update(batch, whole, 1, few)
+            unchanged &= all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
+            spoilt.update(batch, whole, 1)
+            change = {key: tensor - before[key] for key, tensor in weights(spoilt).items()}
+            torch.distributed.barrier()
+            saved = dict(np.load("nonfinite_policy_1.npz"))
+            saved = (saved.pop(field) if field else bad, bad, saved["tokens"], batch.tokens)
+        results[name] = str(caught.value), unchanged, change, means, saved
+    return results
+
+
+def saved_and_loaded(learner, batch):
+    """Saved after two updates and loaded by another Learner, which is then the same to the last bit."""
+    world_size, results = torch.distributed.get_world_size(), {}
+    for kind in ("policy", "critic"):
+        first, second = (learner(kind, drift_limit=-1.0, warmup_steps=100) for _ in range(2))
+        whole = [even_plan(range(len(RESPONSE_LENS)), 4, world_size)]
+        plans = whole if kind == "policy" else mini_batches(world_size)
+        first.update(batch, plans, 1)
+        first.save(".")  # this call's own folder
+        second.load(".")
+        both = []
+        for trained in (first, second):
+            metrics = trained.update(batch, plans[:1], 2)
+            both.append((metrics, weights(trained)))
+        same = all(torch.equal(both[0][1][key], both[1][1][key]) for key in both[0][1])
+        results["saved", kind] = same, both[0][0] == both[1][0], both[1][0][f"lr_{kind}"]
+    return results
+
+
+def checks_in_bf16(path, batch):
+    """Gradients, updates that are left out, and saved states, in the dtype that a GPU trains in."""
+    results, world_size = {}, torch.distributed.get_world_size()
+    ppo.KEPT_WHOLE = 40_000  # half of the weights; the others come and go
+
+    def learner(kind, **overrides):
+        return ppo.Learner(kind, ranks.settings(**overrides), path, torch.device("cpu"), torch.bfloat16)
+
+    for kind in ("policy", "critic"):
+        results |= gradients_of_plans(learner(kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP}), batch)
+    clean = learner("policy", max_grad_norm=CLIP)
+    before = weights(clean)
+    clean.update(batch, [even_plan(range(len(RESPONSE_LENS)), 4, world_size)], 1)
+    results["change"] = {name: tensor - before[name] for name, tensor in weights(clean).items()}
+    return results | spoilt_updates(learner, batch) | saved_and_loaded(learner, batch)
+
+
 def learner_checks(path, batch):
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     everything, results = range(len(RESPONSE_LENS)), {}
@@ -119,9 +249,6 @@ def learner_checks(path, batch):
     def learner(kind, **overrides):
         cpu = torch.device("cpu")
         return ppo.Learner(kind, ranks.settings(**overrides), path, cpu, torch.float32)
-
-    def weights(learner):
-        return {name: tensor.clone() for name, tensor in learner.weights()}
 
     def updated(kind, plans, between=lambda learner: None, **overrides):
         """The change of every weight, and the metrics of every update."""
@@ -138,34 +265,9 @@ def learner_checks(path, batch):
         )  # gradients of the same weights
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
-        def gradient(plan, batch=batch):
-            from deepspeed.utils import safe_get_full_grad
-
-            step, grads = still.engine.step, {}
-
-            def record():
-                for name, parameter in still.network.named_parameters():
-                    grads[name.removeprefix("hf.")] = safe_get_full_grad(parameter).clone()
-                step()
-
-            with mock.patch.object(still.engine, "step", record):
-                metrics = still.update(batch, [plan], 1)
-            results["metrics of the gradient"] = metrics
-            return grads, metrics[f"grad_norm_{kind}"]
-
-        for num_packs in SPLITS:
-            results[kind, "gradient", num_packs] = gradient(even_plan(everything, num_packs, world_size))
-        shuffled = np.random.default_rng(1).permutation(len(everything))
-        results[kind, "gradient", "shuffled"] = gradient(even_plan(shuffled, 4, world_size))
-        plan = even_plan(everything, 4, world_size)
-        results[kind, "gradient", "empty packs"] = gradient([[[], *packs, []] for packs in plan])
-
-        for name in VARIANTS if kind == "policy" else ():
-            still.cfg, still.drift_limit = variant_settings(name), -1.0
-            changed = variant_batch(batch, still.cfg)
-            plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, world_size)
-            grads, _ = gradient(plan, changed)
-            results["variant", name] = grads, results["metrics of the gradient"]
+        results |= gradients_of_plans(still, batch)
+        if kind == "policy":
+            results |= variants_of_the_policy(still, batch)
 
     whole = [even_plan(everything, 4, world_size)]
     for clip in (CLIP, NO_CLIP):
@@ -216,59 +318,8 @@ def learner_checks(path, batch):
     loaded.load(".")
     results["reference"] = [*forwards, loaded.forward(batch, whole[0])]
 
-    # Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update.
-    def infinite(self, *arguments):
-        """A finite loss whose gradient is not: √ at 0."""
-        loss, vectors = policy_terms(self, *arguments)
-        return loss + (loss - loss.detach()).abs().clamp(min=0).sqrt() if rank == 0 else loss, vectors
-
-    policy_terms = ppo.Learner.policy_terms
-    for name, field, error in (
-        ("not finite", "advantages", FloatingPointError),
-        ("infinite gradient", None, FloatingPointError),
-        ("drift", "logprobs", ppo.DriftError),
-    ):
-        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")  # this call's own folder
-        before, good = weights(spoilt), getattr(batch, field or "logprobs")
-        bad = good.copy()
-        if field:
-            bad[tiny_models.place(batch, 0)] = (
-                np.nan if name == "not finite" else good[tiny_models.place(batch, 0)] - 1
-            )
-        terms = policy_terms if field else infinite
-        with mock.patch.object(batch, field or "logprobs", bad), pytest.raises(error) as caught:
-            with mock.patch.object(ppo.Learner, "policy_terms", terms):
-                spoilt.update(batch, whole, 1)
-        unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
-        change, means, saved = None, None, None
-        if (
-            error is FloatingPointError
-        ):  # left out: the next update must know nothing of it, nor of one that is skipped
-            spoilt.cfg.on_nonfinite = "skip"
-            with mock.patch.object(batch, field or "logprobs", bad):
-                with mock.patch.object(ppo.Learner, "policy_terms", terms):
-                    means = spoilt.update(batch, whole, 1, few)
-            unchanged &= all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
-            spoilt.update(batch, whole, 1)
-            change = {key: tensor - before[key] for key, tensor in weights(spoilt).items()}
-            torch.distributed.barrier()
-            saved = dict(np.load("nonfinite_policy_1.npz"))
-            saved = (saved.pop(field) if field else bad, bad, saved["tokens"], batch.tokens)
-        results[name] = str(caught.value), unchanged, change, means, saved
-
-    # Saved after two updates and loaded by another Learner, which is then the same to the last bit.
-    for kind in ("policy", "critic"):
-        first, second = (learner(kind, drift_limit=-1.0, warmup_steps=100) for _ in range(2))
-        plans = whole if kind == "policy" else mini_batches(world_size)
-        first.update(batch, plans, 1)
-        first.save(".")  # this call's own folder
-        second.load(".")
-        both = []
-        for trained in (first, second):
-            metrics = trained.update(batch, plans[:1], 2)
-            both.append((metrics, weights(trained)))
-        same = all(torch.equal(both[0][1][key], both[1][1][key]) for key in both[0][1])
-        results["saved", kind] = same, both[0][0] == both[1][0], both[1][0][f"lr_{kind}"]
+    results |= spoilt_updates(learner, batch)
+    results |= saved_and_loaded(learner, batch)
     return results
 
 
@@ -571,21 +622,71 @@ def test_bad_numbers_stop_every_rank_before_the_update(checks):
     """NaN on one rank: the others would go on and wait for ever, or all weights become NaN; or the update after one that
     was skipped adds its gradient to the leftovers."""
     for rank in checks:
-        for name in ("not finite", "infinite gradient"):
-            message, unchanged, change, means, saved = rank[name]
-            assert "not finite" in message and "nonfinite_policy_1.npz" in message and unchanged
-            assert same_update(change, rank["policy", CLIP][0])
-            assert means["skipped_policy"] == 1.0 and np.isfinite(means["update_kl"])
-            assert np.array_equal(saved[0], saved[1], equal_nan=True) and np.array_equal(saved[2], saved[3])
-            assert rank["policy", CLIP][1][0]["skipped_policy"] == 0.0
-        message, unchanged, *_ = rank["drift"]
-        assert "stale weights" in message and unchanged
+        check_spoilt_updates(rank, rank["policy", CLIP][0])
+        assert rank["policy", CLIP][1][0]["skipped_policy"] == 0.0
+
+
+def check_spoilt_updates(rank, clean_change):
+    """clean_change: what the same update makes of a Learner to which nothing has happened."""
+    for name in ("not finite", "infinite gradient"):
+        message, unchanged, change, means, saved = rank[name]
+        assert "not finite" in message and "nonfinite_policy_1.npz" in message and unchanged
+        assert change.keys() == clean_change.keys()
+        assert all(torch.equal(change[key], clean_change[key]) for key in change)
+        assert any(tensor.any() for tensor in change.values())
+        assert means["skipped_policy"] == 1.0 and np.isfinite(means["update_kl"])
+        assert np.array_equal(saved[0], saved[1], equal_nan=True) and np.array_equal(saved[2], saved[3])
+    message, unchanged, *_ = rank["drift"]
+    assert "stale weights" in message and unchanged
 
 
 def test_a_loaded_learner_is_the_saved_one(checks):
     """A resume without AdamW's moments, with weights at work that are not those loaded, or in warm-up again."""
     for rank in checks:
-        for kind, update in (("policy", 2), ("critic", 13)):
-            same_weights, same_metrics, rate = rank["saved", kind]
-            assert same_weights and same_metrics
-            assert rate == pytest.approx(1e-3 * update / 100)
+        check_saved_and_loaded(rank)
+
+
+def check_saved_and_loaded(rank):
+    for kind, update in (("policy", 2), ("critic", 13)):
+        same_weights, same_metrics, rate = rank["saved", kind]
+        assert same_weights and same_metrics
+        assert rate == pytest.approx(1e-3 * update / 100)
+
+
+# ---- In bf16, as on a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bf16(path, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return ranks.run_ranks("test_learner", "checks_in_bf16", 2, folder, path=path, batch=data[1])
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_gradient_in_bf16(bf16, kind, path, data):
+    """Gradients that are summed in bf16 over packs and ranks, or scaled otherwise than in fp32."""
+    plan = even_plan(range(len(RESPONSE_LENS)), 1, 1)
+    _, norms, plain = plain_updates(kind, path, *data, [plan], NO_CLIP)
+    one_pack, _ = bf16[0][kind, "gradient", 1]
+    for variant in (*SPLITS, "shuffled", "empty packs"):
+        gradient, norm = bf16[0][kind, "gradient", variant]
+        assert norm == pytest.approx(norms[0], rel=0.01)
+        overall, worst = differences(gradient, plain)  # measured: 0.009 and 0.03
+        assert overall <= 0.03 and worst <= 0.1, (variant, overall, worst)
+        overall, worst = differences(gradient, one_pack)  # measured: 0.004 and 0.016
+        assert overall <= 0.012 and worst <= 0.05, (variant, overall, worst)
+    without, _ = bf16[0][kind, "gradient", 4]
+    with_empty, _ = bf16[0][kind, "gradient", "empty packs"]
+    assert all(torch.equal(without[name], with_empty[name]) for name in without)
+
+
+def test_bad_numbers_in_bf16(bf16):
+    """An update that is left out in bf16, whose gradients DeepSpeed keeps elsewhere: it forgets the fp32 ones only."""
+    for rank in bf16:
+        check_spoilt_updates(rank, rank["change"])
+
+
+def test_a_loaded_learner_in_bf16(bf16):
+    """Weights at work that are not the loaded ones, rounded to bf16."""
+    for rank in bf16:
+        check_saved_and_loaded(rank)

@@ -1,5 +1,6 @@
 """ORZ's recipe around the training core: every config against the paper, fetching the questions, mining hard ones."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -102,7 +103,7 @@ VARIANTS = {
 # What says where, on what, how fast and how long it runs.
 OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
     tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
-    on_nonfinite drift_limit max_restarts keep_checkpoints""".split()
+    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every""".split()
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------
@@ -407,7 +408,11 @@ def write_step(run, step, results, choices=None):
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
         sample.line = sample_line(sample, prompts[sample.prompt_index].question)
-    Log.lines(SimpleNamespace(dir=run), f"step_{step}", (sample.line for sample in samples))
+    Log.lines(
+        SimpleNamespace(dir=run, best_effort=lambda what: contextlib.nullcontext()),
+        f"step_{step}",
+        (sample.line for sample in samples),
+    )
 
 
 def test_hard_questions_of_a_run(tmp_path):
@@ -428,6 +433,18 @@ def test_hard_questions_of_a_run(tmp_path):
     assert str(tmp_path / "hard.jsonl") in third
     done = mine(tmp_path, "--fewer_than=5", "--of=63", f"--out={tmp_path}/more.jsonl")
     assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
+
+
+def test_rewards_do_not_say_what_is_right(tmp_path):
+    """A run with rewards of its own: a wrong answer that is paid for its form counts as solved, a right one as failed."""
+    paid = {"question": "paid for its form", "answer": "1", "reward": 0.3, "correct": False}
+    late = {"question": "right, but too long", "answer": "1", "reward": -0.5, "correct": True}
+    older = {"question": "of an older version", "answer": "1", "reward": 1.0}
+    (tmp_path / "samples").mkdir()
+    lines = [json.dumps(row) + "\n" for row in (paid, late, older) for _ in range(64)]
+    (tmp_path / "samples/step_1.jsonl").write_text("".join(lines))
+    assert mine(tmp_path).returncode == 0
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["paid for its form"]
 
 
 def test_choices_survive(tmp_path):

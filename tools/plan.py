@@ -52,6 +52,7 @@ SHAPES = {  # model → the values of FIELDS, from its config.json on the hub
 KEPT_WHOLE = 5 * 10**8  # parameters that each rank keeps whole between packs (ppo.py)
 REDUCED_AT_ONCE = 2 * 10**7  # elements of gradients in one reduction (ppo.py)
 MAX_LOGITS = 2**28  # elements of the logits of one chunk (model.py)
+SAMPLE_BYTES = 11  # of a token in samples/: its id in JSON, and its text (a guess)
 MAX_LIVE_PARAMETERS = 10**9  # parameters that DeepSpeed gathers at once, by default
 
 
@@ -99,11 +100,10 @@ def read_shape(model):
     head_dim = config.get("head_dim") or hidden // heads
     head_params = 0 if tied else vocabulary * hidden
     shape = Shape(hidden, layers, heads, kv_heads, head_dim, feed_forward, vocabulary, head_params, params=0)
-    norms = 2 * hidden
-    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + norms)
-    shape.params += (
-        hidden + shape.embedding_params + head_params
-    )  # The first is the norm behind the last layer.
+    two_norms = 2 * hidden
+    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + two_norms)
+    last_norm = hidden
+    shape.params += last_norm + shape.embedding_params + head_params
     return shape
 
 
@@ -134,7 +134,7 @@ def num_learned(cfg, shape):
 
 
 def item(what, *factors, parts=1):
-    """One thing that a GPU holds: (its name with the arithmetic, its bytes: the product of the factors / parts)."""
+    """One thing that a GPU holds, as ("name = arithmetic", bytes): the product of the factors, divided by `parts`."""
     arithmetic = " * ".join(f"{factor:,}" for factor in factors)
     if parts > 1:
         arithmetic += f" / {parts}"
@@ -179,7 +179,7 @@ def generating(cfg, policy, gpu_memory):
     held |= [
         item("vLLM's CUDA graphs (a guess)", 2**29),
         item("vLLM's activations (a guess)", cfg.max_num_batched_tokens, size, activations),
-        item("vLLM's logits (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
+        item("vLLM's logits, three copies in fp32 (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
         item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
     ]
     tokens = context_tokens(cfg)
@@ -361,11 +361,17 @@ def report(cfg, gpu_memory):
     waiting = 18 * learned / cfg.workers / GIB
     checkpoint = 12 * learned / 1e9
     at_once = cfg.keep_checkpoints + 2  # the best one, and one that is being written
+    samples = SAMPLE_BYTES * responses * sequence / 1e9
+    kept = (
+        "none is kept" if cfg.samples_every == -1 else f"every {cfg.samples_every}th is kept (samples_every)"
+    )
+    kept = "all are kept (samples_every)" if cfg.samples_every == 1 else kept
     lines += [
         f"tokens per step: at most {responses:,} x {sequence:,} = {responses * sequence:,}",
         f"packs per step: at most {packs:,}, {math.ceil(packs / cfg.workers):,} a GPU",
         f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here",
         f"disk: {checkpoint:.1f} GB a checkpoint, of which up to {at_once} exist at once",
+        f"disk: at most {samples:.1f} GB of samples/ a step, {SAMPLE_BYTES} bytes a token; {kept}",
         "",
     ]
     return "\n".join(lines)
