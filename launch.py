@@ -25,7 +25,7 @@ import numpy as np
 from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
 from data.load import load_questions, local_model, read_tasks, step_questions
 from log import Log
-from reward import extract_answer
+from reward import REFLECTION, extract_answer
 from tools import plan
 from workers import (
     Cluster,
@@ -134,9 +134,6 @@ def mean(values):
 
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
-
-# ORZ's reflection patterns, as reward.response_stats counts them.
-REFLECTION = ("wait", "recheck", "retry", "alternatively", "however")
 
 
 def response_metrics(samples):

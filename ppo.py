@@ -473,8 +473,8 @@ class Learner:
         old_logprobs = logprobs.detach() if is_only_update else pack["old_logprobs"]
         advantages, clip_eps = pack["advantages"], cfg.clip_eps
         clip_eps_high = cfg.clip_eps_high or clip_eps
-        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high)
         response_lens = batch.response_lens[indices]  # [B]
+        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high)
         correct = np.repeat(batch.correct[indices], response_lens)  # [N]
         correct = torch.from_numpy(correct).to(self.device)
         vectors = {

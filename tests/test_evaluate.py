@@ -196,7 +196,7 @@ def test_a_model_alone(tmp_path):
 def test_metrics_of_lengths_and_reflection():
     """The spread of right and wrong lengths mixed up, wrong responses that reflect counted, a word that is not counted."""
     words = reward.response_stats("Wait, however, recheck, retry, alternatively, wait, no")
-    assert sum(words[word] for word in launch.REFLECTION) == 6
+    assert sum(words[word] for word in reward.REFLECTION) == 6
     samples = [
         sample("42", 1, length=10),
         sample("42", 1, length=30),

@@ -132,6 +132,17 @@ def gradient(still, batch, plan):
     return grads, metrics[f"grad_norm_{still.kind}"]
 
 
+def variants_of_the_policy(still, batch):
+    """The gradient and the metrics of each of VARIANTS. `still` has the learning rate 0."""
+    results = {}
+    for name in VARIANTS:
+        still.cfg, still.drift_limit = variant_settings(name), -1.0
+        changed = variant_batch(batch, still.cfg)
+        plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, still.world_size)
+        results["variant", name] = gradient_and_metrics(still, changed, plan)
+    return results
+
+
 def gradient_and_metrics(still, batch, plan):
     from deepspeed.utils import safe_get_full_grad
 
@@ -256,13 +267,8 @@ def learner_checks(path, batch):
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
         results |= gradients_of_plans(still, batch)
-
-        for name in VARIANTS if kind == "policy" else ():
-            still.cfg, still.drift_limit = variant_settings(name), -1.0
-            changed = variant_batch(batch, still.cfg)
-            plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, world_size)
-            grads, metrics = gradient_and_metrics(still, changed, plan)
-            results["variant", name] = grads, metrics
+        if kind == "policy":
+            results |= variants_of_the_policy(still, batch)
 
     whole = [even_plan(everything, 4, world_size)]
     for clip in (CLIP, NO_CLIP):
