@@ -12,6 +12,7 @@ Out:  for each shape
       train: Learner.update on packs of 16,384 tokens, two samples each, with and without gradient checkpointing: model
       FLOPs (6 a weight and token, and 6·A·D·l² a layer for causal attention; what is computed twice counts once) over
       seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
+      peak_gib and planned_gib: the most that torch held during the updates, and what tools/plan.py expects of them.
 
 Each runs in a process of its own, so that it finds the GPU's memory empty.
 """
@@ -27,6 +28,7 @@ from pieces import ROOT, gpu_name, machine, spread, write
 from step import ON_A_GPU, SHAPES, random_model
 
 from configs.load import load
+from tools import plan
 
 PEAK = 989e12  # FLOP/s of an H100 or H200, bf16, dense
 PACK, PROMPT, RESPONSE = 16_384, 192, 8_000  # tokens: two samples fill a pack
@@ -123,6 +125,7 @@ def sync(name, repeats):
 
 def train(name, repeats, checkpointing):
     import numpy as np
+    import torch
 
     import packing
     import ppo
@@ -147,12 +150,14 @@ def train(name, repeats, checkpointing):
         samples.append(sample)
     batch = packing.Batch(samples)
     batch.advantages = rng.standard_normal(len(batch.logprobs)).astype(np.float32)
-    plan = [[[2 * i, 2 * i + 1] for i in range(num_packs)]]  # plan[rank][n], of one rank
+    packs = [[[2 * i, 2 * i + 1] for i in range(num_packs)]]  # packs[rank][n], of one rank
     seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for step in range(1, repeats + 2):
         wait(device)
         start = time.perf_counter()
-        learner.update(batch, [plan], step)
+        learner.update(batch, [packs], step)
         wait(device)
         seconds.append(time.perf_counter() - start)
     size = sum(parameter.ds_numel for parameter in learner.network.parameters())
@@ -161,7 +166,12 @@ def train(name, repeats, checkpointing):
     for length in batch.lengths.tolist():
         flops += 6 * size * length + 6 * layers * hidden * length**2
     mfu = spread([flops / s / PEAK for s in seconds[1:]])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    shape = plan.read_shape(str(cfg.model))
+    planned = plan.updating(cfg, shape, others_staying=0) | plan.log_probs(cfg, shape)
     return {
+        "peak_gib": round(peak / 2**30, 2),
+        "planned_gib": round(sum(planned.values()) / 2**30, 2),
         "tokens": int(batch.lengths.sum()),
         "update_seconds": spread(seconds[1:]),
         "tokens_per_second": spread([batch.lengths.sum() / s for s in seconds[1:]]),
@@ -208,6 +218,11 @@ def main():
         print(name, json.dumps(row), flush=True)
     if gpu:
         write("gpu", result)
+    failed = [
+        f"{name} {only}" for name, row in result["shapes"].items() for only in row if "failed" in row[only]
+    ]
+    if failed:
+        sys.exit(f"error: not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before bench/, which has a reward.py of its own
 
+from tools import gpu_machine  # noqa: E402
+
 RESPONSES, MEAN, LONGEST, BUDGET = 8192, 2200, 8000, 16384
 HIDDEN, VOCABULARY = 896, 151_936
 LOOPED = 48  # responses that ORZ's loop is measured on
@@ -40,7 +42,8 @@ LOOPED = 48  # responses that ORZ's loop is measured on
 def machine(*packages):
     """What the numbers were measured on and with."""
     cpus = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    gpu = gpu_name() or "no GPU"
+    gpu = gpu_name()
+    gpu = f"{gpu}, driver {gpu_machine.driver_version()}" if gpu else "no GPU"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "machine": f"{cpus[0]}, {os.cpu_count()} cores (shared), {gpu}, {platform.machine()}",
