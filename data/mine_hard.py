@@ -120,7 +120,7 @@ def main(argv):
         print(f"error: a run and whole numbers are needed; {USAGE}", file=sys.stderr)
         return 2
     try:
-        mine(argv[0], int(fewer_than), int(of), out)
+        mine(argv[0], int(fewer_than), int(of), os.path.expanduser(out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

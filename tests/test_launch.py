@@ -276,7 +276,7 @@ def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "data/tiny", folder, ignore=shutil.ignore_patterns("*.jsonl"))
     tiny_models.bring_code(folder)
     code, out, err = run(tmp_path, f"--model={folder}", *QUICK)
-    assert code == 1 and "trust_remote_code=True" in out.splitlines()[-1], out + err
+    assert code == 2 and "trust_remote_code=True" in err.splitlines()[-1], out + err
     assert "Traceback" not in out + err and not (tmp_path / "ran").exists()
     code, out, err = run(tmp_path, f"--model={folder}", *QUICK, "--trust_remote_code=True", "--name=trusted")
     assert code == 0, out + err

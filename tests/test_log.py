@@ -634,6 +634,9 @@ def test_only_a_new_folder_is_discarded(run, tmp_path):
     new = Log(settings(tmp_path, name="b"))
     new.discard()
     assert not new.dir.exists() and run.dir.exists()
+    deep = Log(settings(tmp_path, out_dir=str(tmp_path / "c/d e/[f]")))
+    deep.discard()
+    assert not (tmp_path / "c").exists() and tmp_path.exists()
 
 
 def test_cut_forgets_what_came_after(run):
