@@ -8,6 +8,7 @@ import pytest
 import ranks
 from test_launch import ROOT, metrics, run
 
+import equality
 import launch
 import reward
 from configs.load import load
@@ -145,7 +146,8 @@ def graded_samples():
     worker.gpu_owner = "rollout"
     worker.grader = reward.Grader(1)
     prompts = list(enumerate(tasks.eval["eval"][:64]))
-    samples, _ = worker.generate(workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0))
+    request = workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0, max_tokens=LIMIT)
+    samples, _ = worker.generate(request)
     answers = [prompt.question.answer for _, prompt in prompts]
     return samples, [answers[response.prompt_index] for response in samples]
 
@@ -155,7 +157,7 @@ def test_only_a_response_that_ended_by_itself_is_correct(tmp_path):
     ((samples, answers),) = ranks.run_ranks("test_evaluate", "graded_samples", 1, tmp_path)
     seen = set()
     for response, answer in zip(samples, answers, strict=True):
-        has_answer = reward.is_equal(reward.extract_answer(response.text), answer)
+        has_answer = equality.is_equal(reward.extract_answer(response.text), answer)
         is_whole = response.finish_reason == "stop"
         assert response.correct is (has_answer and is_whole), response
         assert response.reward == float(response.correct)
