@@ -29,6 +29,7 @@ MACHINERY = [
     "configs/load.py",
     "data/load.py",
     "tools/plan.py",
+    "tools/gpu_machine.py",
 ]
 
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
