@@ -151,8 +151,12 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, unless it was there before."""
-        if self.new:
+        """Remove the folder of a run that has not begun, unless it was there before.
+
+        A restart may find too few machines for a run that has begun, or has reported an error: that folder stays.
+        """
+        has_begun = files_in(self.dir) - {"config.json", "samples", "logs"}
+        if self.new and not has_begun:
             shutil.rmtree(self.dir)
             if not os.listdir(self.dir.parent):
                 self.dir.parent.rmdir()
