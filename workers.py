@@ -443,6 +443,7 @@ class WorkerGroup:
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, saved[self.step])
             self.sync()
+        self.networks_step = self.step  # sync has counted one on
         self.seconds = {}
 
     # -- Phases of a step, in their order
@@ -674,7 +675,7 @@ def newest_whole_checkpoint(cfg, log):
 
 def checkpoint_fault(folder, cfg):
     """What is wrong with the files of a checkpoint; None where they are whole."""
-    for kind in learned_networks(cfg):
+    for kind in saved_networks(cfg):
         for rank in range(cfg.workers):
             fault = safetensors_fault(f"{folder}/{kind}_{rank}.safetensors")
             if fault:
