@@ -13,6 +13,7 @@ In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, 
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
+import contextlib
 import os
 import secrets
 import socket
@@ -23,7 +24,9 @@ from collections import Counter
 import numpy as np
 
 from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
-from data.load import load_questions, local_model, read_tasks, step_questions
+from data.content import run_content
+from data.load import load_questions, read_tasks, step_questions
+from data.models import local_model
 from log import Log
 from reward import REFLECTION, extract_answer
 from tools import plan
@@ -239,9 +242,11 @@ def start_ray(log):
                 f"Ray cannot start processes where a path has a space: move the project from {path!r}"
             )
     address = os.environ.get("RAY_ADDRESS", "auto")
-    context = None if address == "local" else join_cluster(address)
-    how = "joined" if context else "started"
-    context = context or start_cluster()
+    # Ray puts the current folder first on a Worker's path, and a reward.py there would be imported in place of ours.
+    with contextlib.chdir(ROOT):
+        context = None if address == "local" else join_cluster(address)
+        how = "joined" if context else "started"
+        context = context or start_cluster()
     log.say(f"{how} the Ray cluster at {context.address_info['gcs_address']}")
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     return Cluster(has_gpus, context.address_info["session_dir"])
@@ -287,6 +292,7 @@ def run(cfg, argv):
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
+    cfg.content = run_content(cfg)
     log = Log(cfg)
     try:
         tasks = read_tasks(cfg, data, log)

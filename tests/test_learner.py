@@ -63,9 +63,10 @@ def make_batch(path):
         response = rng.integers(0, tiny_models.VOCABULARY, response_len).astype(np.int32)
         with torch.no_grad():
             logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
-        samples.append(
-            packing.Sample(i // 3, prompt, response, logprobs, "", "stop", i % 3 == 0, float(i % 3 == 0))
-        )
+        sample = packing.Sample(i // 3, prompt, response, logprobs, "", "stop")
+        sample.correct = i % 4 == 1  # This has nothing to do with the reward, which is shaped.
+        sample.reward = float(i % 3 == 0)
+        samples.append(sample)
     batch = packing.Batch(samples)
     n = len(batch.logprobs)
     batch.values = rng.normal(0, 0.3, n).astype(np.float32)
@@ -549,14 +550,14 @@ def test_the_check_can_fail(checks, path, data):
 
 
 def test_metrics_are_means_over_the_whole_update(checks, path, data):
-    """The last pack's loss, or rank 0's, reported as the step's."""
+    """The last pack's loss, or rank 0's, reported as the step's; or the entropy of rewarded responses as that of right ones."""
     samples, batch = data
     plain = tiny_models.plain_policy(path)
     with torch.no_grad():
         pairs = [tiny_models.plain_logprobs(plain, s.prompt_ids, s.response_ids) for s in samples]
     entropy = torch.cat([entropy for _, entropy in pairs]).numpy()
     metrics = checks[0]["policy", NO_CLIP][1][0]
-    right = np.concatenate([np.full(len(s.response_ids), s.reward > 0) for s in samples])
+    right = np.concatenate([np.full(len(s.response_ids), s.correct) for s in samples])
     assert metrics["entropy"] == pytest.approx(entropy.mean(), rel=1e-5)
     assert metrics["entropy_right"] == pytest.approx(entropy[right].mean(), rel=1e-5)
     assert metrics["entropy_wrong"] == pytest.approx(entropy[~right].mean(), rel=1e-5)

@@ -388,8 +388,8 @@ def mine(*argv):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-def write_step(run, step, results, choices=None):
-    """samples/step_N.jsonl as log.py writes it: question → (attempts, solved)."""
+def write_step(run, step, results, choices=None, rewards=(0.0, 1.0)):
+    """samples/step_N.jsonl as log.py writes it. results: question → (attempts, solved); rewards: if wrong, if right."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -400,11 +400,13 @@ def write_step(run, step, results, choices=None):
 
     ids = np.array([1, 2], np.int32)
     prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]
-    samples = [
-        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", k < solved, float(k < solved))
-        for i, (attempts, solved) in enumerate(results.values())
-        for k in range(attempts)
-    ]
+    samples = []
+    for i, (attempts, solved) in enumerate(results.values()):
+        for k in range(attempts):
+            sample = Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop")
+            sample.correct = k < solved
+            sample.reward = rewards[sample.correct]
+            samples.append(sample)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
         sample.line = sample_line(sample, prompts[sample.prompt_index].question)
@@ -447,6 +449,16 @@ def test_rewards_do_not_say_what_is_right(tmp_path):
     assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["paid for its form"]
 
 
+@pytest.mark.parametrize("rewards", [(0.3, 1.3), (-0.5, 0.5), (0.3, -0.5)])
+def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
+    """With partial credit or a penalty for length, every question counts as solved, or none does."""
+    write_step(tmp_path, 1, {"three": (64, 3), "four": (64, 4), "never": (64, 0)}, rewards=rewards)
+    done = mine(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["three", "never"]
+    assert done.stdout.splitlines()[1] == "2 of the other 3 solved fewer than 4 times in 64, 1 never"
+
+
 def test_choices_survive(tmp_path):
     """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
     write_step(tmp_path, 1, {"Which?": (64, 0)}, {"Which?!": "this", "B": "that"})
@@ -457,9 +469,8 @@ def test_choices_survive(tmp_path):
 def test_mining_errors_are_one_line(tmp_path):
     """A run without samples, a broken line or a misspelt option ends in a traceback, or in an empty training file."""
     (tmp_path / "broken/samples").mkdir(parents=True)
-    (tmp_path / "broken/samples/step_1.jsonl").write_text(
-        '{"question": "q", "answer": "a", "reward": 0.0}\n{"quest'
-    )
+    whole = '{"question": "q", "answer": "a", "correct": false, "reward": 0.0}\n'
+    (tmp_path / "broken/samples/step_1.jsonl").write_text(whole + '{"quest')
     write_step(tmp_path / "easy", 1, {"q": (64, 64)})
     for argv, code, words in [
         ([], 2, "usage"),
