@@ -471,6 +471,7 @@ class WorkerGroup:
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, saved[self.step])
             self.sync()
+        self.networks_step = self.step  # sync has counted one on
         self.seconds = {}
 
     # -- Phases of a step, in their order
