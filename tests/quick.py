@@ -2,8 +2,8 @@
 
 They cover formulas, packing, networks, settings, data, the plan, the log, the grader and the pages, and need torch,
 transformers and the small packages of requirements.txt, but neither Ray nor vLLM nor DeepSpeed: importing one of these
-fails here, whether it is installed or not. Left out are the tests that compare something with DeepSpeed, and those that kill a
-grading process, since they wait for seconds until it is gone. `make test` runs them all.
+fails here, whether it is installed or not. Left out are the tests that compare something with DeepSpeed, and those that
+kill a grading process, since they wait for seconds until it is gone. `make test` runs them all.
 """
 
 import sys
