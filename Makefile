@@ -1,5 +1,7 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
-# make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu     make soak    the long ones
+# make quick   while you edit: formulas, packing, networks, settings, data, grader, in under a minute
+# make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu
+# make soak    the long tests, or one part of them: make soak-runs, soak-kills, soak-nodes, soak-grader, soak-others
 # make gpu     what only a GPU can show
 # make lines   how the code reads (lines, tokens a line, longest functions), then formatting and lint, which alone can fail
 
@@ -9,16 +11,47 @@ TESTS := $(if $(filter requirements.txt,$(REQUIREMENTS)),.venv-cpu,.venv)
 CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
 INSTALL = $(@D)/bin/pip install --quiet --no-compile --disable-pip-version-check $(FLAGS)
 
-.PHONY: demo test soak gpu lines
+# Each part of the soak should take at most 40 minutes on two quiet cores. The minutes below are estimates from single
+# tests; no part has been timed whole. A long test in a file that no other part names belongs to soak-others.
+SOAK = $(TESTS)/bin/python -m pytest -q -m soak --durations=5
+RUNS = tests/test_resume.py tests/test_endings.py tests/test_launch.py tests/test_evaluate.py tests/test_plan.py
+NODES = tests/test_nodes.py
+GRADER = tests/test_reward.py tests/test_cheating.py
+SOAK_PARTS = soak-runs soak-kills soak-nodes soak-grader soak-others
+
+.PHONY: demo quick test soak $(SOAK_PARTS) gpu lines
 
 demo: .venv/installed
 	@n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; .venv/bin/python launch.py configs/tiny.py $(CPU_WORKERS) --name=demo-$$n
 
+quick: $(TESTS)/installed
+	$(TESTS)/bin/python tests/quick.py
+
 test: $(TESTS)/installed
 	$(TESTS)/bin/python -m pytest -q --durations=10
 
-soak: $(TESTS)/installed
-	$(TESTS)/bin/python -m pytest -q -m soak
+soak:
+	@$(MAKE) --no-print-directory --keep-going $(SOAK_PARTS)  # A part that fails does not keep the others from running.
+
+soak-runs: $(TESTS)/installed
+	@echo "$@: runs that are stopped, continued, refused, or fill the disk: about 15 minutes"
+	$(SOAK) $(RUNS) -k "not kill"
+
+soak-kills: $(TESTS)/installed
+	@echo "$@: processes killed in every phase and at random moments: about 25 minutes"
+	$(SOAK) $(RUNS) -k "kill"
+
+soak-nodes: $(TESTS)/installed
+	@echo "$@: two hosts on this machine, as root: about 15 minutes"
+	$(SOAK) $(NODES)
+
+soak-grader: $(TESTS)/installed
+	@echo "$@: all pairs of references, and answers on a busy machine: about 5 minutes"
+	$(SOAK) $(GRADER)
+
+soak-others: $(TESTS)/installed
+	@echo "$@: kinds of models, and what is refused after a look at the model: about 15 minutes"
+	$(SOAK) $(addprefix --ignore=,$(RUNS) $(NODES) $(GRADER))
 
 gpu: .venv/installed
 	.venv/bin/python -m pytest -q -rs tests/test_gpu.py

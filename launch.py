@@ -23,15 +23,23 @@ from collections import Counter
 
 import numpy as np
 
-from configs.load import ROOT, UserError, load
+from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
 from data import prepare
 from data.content import run_content
 from data.load import check_references, load_questions, read_tasks, report_overlap, step_questions
 from data.models import local_model
 from log import Log
-from reward import Grader, extract_answer
+from reward import REFLECTION, Grader, extract_answer
 from tools import plan
-from workers import PhaseTimeout, Stopped, StopRequest, WorkerGroup, checkpoints, rng_for
+from workers import (
+    Cluster,
+    PhaseTimeout,
+    Stopped,
+    StopRequest,
+    WorkerGroup,
+    newest_whole_checkpoint,
+    rng_for,
+)
 
 # Ray listens on every address of this machine; a token keeps others out. Ray reads this when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -55,60 +63,71 @@ def train(cfg, workers, tasks, log):
 
         # Pack: whole samples laid end to end, the same work on every rank.
         batch = Batch(samples)
-        forward_plan = plan_samples(batch, range(len(samples)), cfg, tasks.hidden_size)
+        everything = range(len(samples))
+        forward_plan = plan_samples(batch, everything, cfg, tasks.hidden_size)
 
-        # Log-probs of the policy before its updates and of its base model, which the default settings do not need.
-        if cfg.kl_coef or cfg.policy_updates_per_step > 1:
+        # Log-probs of the policy before its updates and of the reference model, where a setting needs them.
+        if cfg.kl_coef or updates_per_step(cfg, "policy") > 1:
             batch.old_logprobs = workers.old_logprobs(batch, forward_plan)
-        if cfg.kl_coef:
+        if has_reference(cfg):
             batch.ref_logprobs = workers.ref_logprobs(batch, forward_plan)
 
-        # With one policy update the ratio is 1, and these do not exist.
-        metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
-        if cfg.advantage == "group":
-            batch.advantages = ppo.group_advantages(batch, cfg.samples_per_prompt)
-        else:
-            # Values: one forward pass of the critic, V_old(s_t) for every response token.
+        # Values: one forward pass of the critic, V_old(s_t) for every response token.
+        if has_critic(cfg):
             batch.values = workers.values(batch, forward_plan)
 
-            # Advantages: GAE per response, normalised over all tokens of the batch.
-            rewards = ppo.token_rewards(batch, cfg.kl_coef)
-            advantages, batch.returns = ppo.gae(
-                rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam
-            )
-            batch.advantages = ppo.normalise(advantages)
-            metrics["explained_var"] = ppo.explained_variance(batch.values, batch.returns)
+        # Advantages: GAE per response, normalised over all tokens of the batch.
+        metrics = ppo.set_advantages(batch, cfg)
 
-            # Critic: every sample once, split at random into critic_updates_per_step updates.
-            rng = rng_for(cfg.seed, step, "critic")
-            plans = plan_updates(batch, cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size)
+        # Critic: every sample once, split at random into critic_updates_per_step updates.
+        if has_critic(cfg):
+            rng, num_updates = rng_for(cfg.seed, step, "critic"), cfg.critic_updates_per_step
+            plans = plan_updates(batch, everything, num_updates, rng, cfg, tasks.hidden_size)
             metrics |= workers.update("critic", batch, plans)
 
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
-        rng = rng_for(cfg.seed, step, "policy")
-        plans = plan_updates(batch, cfg.policy_updates_per_step, rng, cfg, tasks.hidden_size)
-        few_samples = rng.permutation(len(samples))[: 2 * cfg.workers].tolist()
-        kl_plan = plan_samples(batch, few_samples, cfg, tasks.hidden_size)
-        metrics |= workers.update("policy", batch, plans, kl_plan)
+        metrics |= update_policy(cfg, workers, batch, step, tasks.hidden_size)
 
         # Sync: the new policy into vLLM, bucket by bucket, proved complete.
         workers.sync()
 
         # Log, evaluate, save.
-        metrics |= response_metrics(samples)
+        metrics |= response_metrics(samples) | group_metrics(batch, cfg.samples_per_prompt)
+        metrics["epoch"] = step * cfg.prompts_per_step / len(tasks.train)
         metrics["tokens"] = int(batch.lengths.sum())
         metrics["tokens_per_second"] = metrics["tokens"] / sum(workers.seconds.values())
         if cfg.eval_every > 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics["eval"] = evaluate(cfg, workers, tasks, log, step)
         log.step({"step": step} | metrics | workers.take_seconds())
-        log.lines(f"step_{step}", [sample.line for sample in samples])
+        if cfg.samples_every > 0 and step % cfg.samples_every == 0:
+            log.lines(f"step_{step}", [sample.line for sample in samples])
         if "eval" in metrics:
             log.curves()
-        workers.finish_step(step)
+        workers.finish_step()
         if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
             workers.save()
         if workers.stop_request.signal:
             raise Stopped
+
+
+def update_policy(cfg, workers, batch, step, hidden_size):
+    """The policy's updates of one step, on the samples that the settings leave to it. Returns metrics."""
+    import ppo
+    from packing import plan_samples, plan_updates
+
+    kept = ppo.policy_samples(batch, cfg)
+    # With one policy update the ratio is 1, and three of these do not exist.
+    metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
+    metrics["policy_samples"] = len(kept) / len(batch.lengths)
+    if step > cfg.critic_warmup_steps and len(kept) >= cfg.policy_updates_per_step:
+        rng = rng_for(cfg.seed, step, "policy")
+        plans = plan_updates(batch, kept, cfg.policy_updates_per_step, rng, cfg, hidden_size)
+        few_samples = rng.permutation(len(batch.lengths))[: 2 * cfg.workers].tolist()
+        kl_plan = plan_samples(batch, few_samples, cfg, hidden_size)
+        metrics |= workers.update("policy", batch, plans, kl_plan)
+    if cfg.update_ref_every and has_reference(cfg) and step % cfg.update_ref_every == 0:
+        workers.update_reference()
+    return metrics
 
 
 def mean(values):
@@ -128,15 +147,40 @@ def response_metrics(samples):
     metrics = {
         "reward": mean(sample.reward for sample in samples),
         "accuracy": mean(sample.correct for sample in samples),
-        "response_tokens": mean(right + wrong),
-        "response_tokens_right": mean(right),
-        "response_tokens_wrong": mean(wrong),
     }
+    all_lengths = {
+        "response_tokens": right + wrong,
+        "response_tokens_right": right,
+        "response_tokens_wrong": wrong,
+    }
+    for name, lengths in all_lengths.items():
+        metrics[name] = mean(lengths)
+        metrics[f"{name}_std"] = float(np.std(lengths)) if lengths else None
+    metrics |= reflection_metrics(samples)
     for name in samples[0].stats:
         metrics[name] = mean(sample.stats[name] for sample in samples)
     for outcome in UNGRADED:
         metrics[outcome] = mean(sample.graded == outcome for sample in samples)
     return metrics
+
+
+def reflection_metrics(samples):
+    """How often a response reflects, and how long right responses are that do (ORZ's paper, Figure 4)."""
+    counts, lengths = [], []
+    for sample in samples:
+        count = sum(sample.stats.get(word, 0.0) for word in REFLECTION)
+        counts.append(count)
+        if sample.correct and count > 0:
+            lengths.append(len(sample.response_ids))
+    return {"reflection": mean(counts), "response_tokens_right_reflecting": mean(lengths)}
+
+
+def group_metrics(batch, group_size):
+    """What a question's responses have in common: whether one of them is right, whether all have one reward."""
+    correct = batch.correct.reshape(-1, group_size)  # [prompts, G]
+    rewards = batch.rewards.reshape(-1, group_size)
+    is_equal = rewards.min(axis=1) == rewards.max(axis=1)  # [prompts]
+    return {"pass_at_n": mean(correct.any(axis=1)), "equal_groups": mean(is_equal)}
 
 
 def evaluate(cfg, workers, tasks, log, step):
@@ -189,24 +233,34 @@ def majority_is_correct(group):
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def start_ray():
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start one. Returns whether it has GPUs."""
+def start_ray(log):
+    """Join the Ray cluster that RAY_ADDRESS names or that runs on this machine, else start one. Returns a Cluster."""
     import ray
 
+    for path in (sys.executable, str(ROOT)):
+        if " " in path:
+            raise UserError(
+                f"Ray cannot start processes where a path has a space: move the project from {path!r}"
+            )
     address = os.environ.get("RAY_ADDRESS", "auto")
     # Ray puts the current folder first on a Worker's path, and a reward.py there would be imported in place of ours.
     with contextlib.chdir(ROOT):
         context = None if address == "local" else join_cluster(address)
         how = "joined" if context else "started"
         context = context or start_cluster()
-    print(f"{how} the Ray cluster at {context.address_info['gcs_address']}", flush=True)
-    return ray.cluster_resources().get("GPU", 0) > 0
+    log.say(f"{how} the Ray cluster at {context.address_info['gcs_address']}")
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    return Cluster(has_gpus, context.address_info["session_dir"])
 
 
 def join_cluster(address):
     """Returns None where the address is "auto" and no cluster runs on this machine. Raises UserError where joining fails."""
     import ray
 
+    if address.startswith("ray://"):
+        raise UserError(
+            f"RAY_ADDRESS={address} is Ray's client: run this on a node of the cluster, with RAY_ADDRESS=auto"
+        )
     try:
         if ":" in address:  # Where nobody listens Ray would wait for minutes and then end this process.
             socket.create_connection(address.rsplit(":", 1), timeout=10).close()
@@ -214,8 +268,15 @@ def join_cluster(address):
     except Exception as error:
         if address == "auto" and isinstance(error, ConnectionError):
             return None
-        reason = f"{str(error).splitlines()[0]}; RAY_ADDRESS=local starts one of its own"
-        raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
+        reason = str(error).splitlines()[0]
+        if (
+            "oken" in reason
+        ):  # "Token authentication is enabled but no authentication token was found", and the like
+            reason = "it and this run have different tokens: start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=… and set"
+            reason += " both here, or set RAY_AUTH_MODE=disabled for both"
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r}: {reason}; RAY_ADDRESS=local starts another"
+        ) from error
 
 
 def start_cluster():
@@ -260,7 +321,7 @@ def run_with_restarts(cfg, argv, tasks, log):
             return run_once(cfg, argv, tasks, log, stop_request)
         except (RayActorError, PhaseTimeout) as error:
             report(error, log)
-            step = max(checkpoints(cfg), default=0)
+            step = newest_whole_checkpoint(cfg, log)
             # A signal may have ended the Workers along with this process.
             if stop_request.signal or not may_restart(failed_steps, step, cfg.max_restarts):
                 return os.EX_TEMPFAIL
@@ -276,22 +337,31 @@ def may_restart(failed_steps, step, max_restarts):
 def run_once(cfg, argv, tasks, log, stop_request):
     """Start Ray and the Workers, train, save and export. Returns the exit code."""
     import ray
+    from ray.exceptions import RayActorError
 
     try:
-        on_gpu = start_ray()
+        stop_request.shield_children()
+        cluster = start_ray(log)
         stop_request.listen()
-        workers = WorkerGroup(cfg, log, on_gpu, stop_request)
+        workers = WorkerGroup(cfg, log, cluster, stop_request)
         workers.place()
-        if on_gpu and not cfg.eval_only:
+        if cluster.has_gpus and not cfg.eval_only:
             plan.check_fits(cfg, cfg.gpu_memory or workers.gpu_memory())
         workers.start()
         log.start(workers.step, workers.num_parameters, tasks)
+        for line in without_effect(cfg):
+            log.say(line)
         ending, code = "done", 0
         try:
             train(cfg, workers, tasks, log)
         except Stopped:
             ending = f"stopped by {stop_request.signal.name}"
             code = 128 + stop_request.signal
+        except (RayActorError, PhaseTimeout):
+            raise
+        except Exception:
+            save_what_is_whole(workers, log)
+            raise
         workers.save()
         workers.export(tasks.tokenizer)
         log.end(ending, workers.step, argv)
@@ -300,9 +370,22 @@ def run_once(cfg, argv, tasks, log, stop_request):
         ray.shutdown()
 
 
+def save_what_is_whole(workers, log):
+    """After an exception: a checkpoint of the last step whose updates are complete, if the learners are still those."""
+    if workers.networks_step is None:
+        log.say("the networks are amid the updates of a step and are not saved", bold=True)
+        return
+    try:
+        workers.save()
+        log.say(f"the networks of step {workers.networks_step} are saved", bold=True)
+    except Exception as error:
+        log.say(f"the networks cannot be saved: {error}", bold=True)
+
+
 def report(error, log):
     """One line about an exception that ended the run; its traceback goes into error.txt."""
-    (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+    with log.best_effort("error.txt"):
+        (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
     cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
     reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # Of a death Ray names the node.
     log.say(f"error: {reason} (see {log.dir}/error.txt)")

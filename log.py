@@ -17,6 +17,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ RUN_VERSION = 2
 # Settings that may differ when a run goes on: how long, how fast, how often, and paths, in whose place the content counts.
 # Any other would make it another run.
 MAY_CHANGE = """model critic_model train_data content steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
-    keep_checkpoints max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
+    keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
     name versions commit trust_remote_code""".split()
 
 HEADER_EVERY = 20  # steps
@@ -74,6 +76,45 @@ EVALUATION_COLUMNS = [
 ]
 
 
+class DetachableStream:
+    """A text stream that drops its output once its terminal or pipe has gone, instead of raising.
+
+    A closed terminal, or the `tee` that dies of the same Ctrl-C, must not end a run before it has saved.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.detach()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.detach()
+
+    def detach(self):
+        """Send what is still buffered, and all that comes, to nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def outlive_terminal():
+    """From here on, printing never raises. A terminal without UTF-8 shows escapes."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, DetachableStream):
+        sys.stdout, sys.stderr = DetachableStream(sys.stdout), DetachableStream(sys.stderr)
+
+
 class Log:
     def __init__(self, cfg):
         """Make the run's folder, or find it again. Raises UserError, and changes nothing, if it is not this run's."""
@@ -85,8 +126,8 @@ class Log:
         self.first_step_end = None  # in seconds of time.monotonic()
         self.columns = []  # of the last header
         self.rows_below_header = 0
-        # A terminal without UTF-8 must not end a run.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        self.failed_writes = Counter()  # what could not be written → how often
+        outlive_terminal()
         cfg.versions = installed()  # Every node must have these packages: the Workers compare.
         settings = json.loads(json.dumps(vars(cfg)))
         settings |= {"run_version": RUN_VERSION, "commit": code_commit()}
@@ -112,8 +153,12 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before."""
-        if self.new:
+        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before.
+
+        A restart may find too few machines for a run that has begun, or has reported an error: that folder stays.
+        """
+        has_begun = files_in(self.dir) - {"config.json", "samples", "logs"}
+        if self.new and not has_begun:
             shutil.rmtree(self.dir)
             for folder in self.new_parents:
                 if not os.listdir(folder):
@@ -125,9 +170,17 @@ class Log:
         """Forget the steps after `step`, which will be made again: cut metrics.jsonl, write TensorBoard's files anew."""
         from torch.utils.tensorboard import SummaryWriter
 
+        rows, num_broken = read_rows(self.metrics.name)
         # Without a finished step nothing is kept: the evaluation before the first step is made again, too.
-        rows = [row for row in self.rows() if 0 < step >= row["step"]]
-        self.metrics.truncate(sum(len(json.dumps(row) + "\n") for row in rows))
+        rows = [row for row in rows if 0 < step >= row["step"]]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if num_broken:
+            self.say(f"{self.metrics.name}: {num_broken} broken lines are left out")
+            self.metrics.truncate(0)
+            self.metrics.write(text)
+            self.metrics.flush()
+        else:
+            self.metrics.truncate(len(text))  # The file begins with these rows, in ASCII.
         shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
         self.drift_means = []
@@ -137,9 +190,8 @@ class Log:
                 self.drift_means.append(row["drift_mean"])
 
     def rows(self):
-        """The rows of metrics.jsonl. A last line that a crash cut short is left out."""
-        with open(self.metrics.name, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
+        """The whole rows of metrics.jsonl."""
+        return read_rows(self.metrics.name)[0]
 
     def best(self, steps):
         """The one of `steps` with the highest accuracy, averaged over the data sets; None if none was evaluated."""
@@ -149,17 +201,30 @@ class Log:
                 scores[row["step"]] = statistics.mean(result["accuracy"] for result in row["eval"].values())
         return max(scores, key=scores.get, default=None)
 
+    @contextmanager
+    def best_effort(self, what):
+        """Let a failed write of something that training does not need pass: it is said once, and counted."""
+        try:
+            yield
+        except OSError as error:
+            self.failed_writes[what] += 1
+            if self.failed_writes[what] == 1:
+                self.say(f"{what} cannot be written ({error}): the run goes on without it", bold=True)
+
     def scalars(self, metrics):
-        for name, value in flatten(metrics).items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, metrics["step"])
-        self.tensorboard.flush()
+        with self.best_effort("tensorboard/"):
+            for name, value in flatten(metrics).items():
+                if name != "step":
+                    self.tensorboard.add_scalar(name, value, metrics["step"])
+            self.tensorboard.flush()
 
     def lines(self, name, rows):
         """Write samples/NAME.jsonl. `rows` are lines of JSON, as sample_line makes them, or dicts."""
-        with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(row if isinstance(row, str) else json.dumps(row) + "\n")
+        with self.best_effort("samples/"):
+            (self.dir / "samples").mkdir(exist_ok=True)  # It may have been removed to save space.
+            with open(self.dir / "samples" / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(row if isinstance(row, str) else json.dumps(row) + "\n")
 
     def curves(self):
         """Draw curves.png anew. A picture that fails does not end the run.
@@ -167,7 +232,8 @@ class Log:
         A process of its own draws it, for two reasons: whatever matplotlib keeps in memory after each of a month's
         pictures goes with the process, and in its own process group it does not receive the terminal's Ctrl-C.
         """
-        subprocess.run([sys.executable, TOOLS / "plot.py", self.dir], process_group=0)
+        with self.best_effort("curves.png"):
+            subprocess.run([sys.executable, TOOLS / "plot.py", self.dir], process_group=0)
 
     # ---- The terminal ------------------------------------------------------------------------------------------
 
@@ -190,8 +256,10 @@ class Log:
         self.say(f"run         {self.dir}, {begin}")
         self.say(f"model       {cfg.model}: {num_parameters:,} parameters learn")
         self.say(f"workers     {cfg.workers}, {cfg.tensor_parallel} per vLLM engine")
-        held_out = "".join(f", {len(prompts):,} held out in {name}" for name, prompts in tasks.eval.items())
-        self.say(f"questions   {len(tasks.train):,} for training{held_out}")
+        self.say(f"questions   {len(tasks.train):,} for training")
+        if tasks.eval:
+            held_out = [f"{len(prompts):,} in {name}" for name, prompts in tasks.eval.items()]
+            self.say(f"held out    {', '.join(held_out)}")
         if cfg.steps:
             responses = cfg.prompts_per_step * cfg.samples_per_prompt
             tokens = responses * cfg.max_response_tokens
@@ -265,19 +333,34 @@ class Log:
         """
         rows = self.rows()
         minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
-        self.say(
-            f"\n{ending} after step {step} of {self.cfg.steps}: {minutes:.1f} minutes of work", bold=True
-        )
+        reached = f" after step {step} of {self.cfg.steps}" if self.cfg.steps else ""
+        self.say(f"\n{ending}{reached}: {minutes:.1f} minutes of work", bold=True)
         for name, accuracies in first_and_last_accuracy(rows).items():
             self.say(f"  accuracy on {name}: {accuracies}")
+        for what, count in self.failed_writes.items():
+            self.say(f"  {what} could not be written {count} times")
         self.say(f"  all of it is in {self.dir}")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
-        program = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
+        program = [sys.orig_argv[0], short_path(ROOT / "launch.py")]
         self.say("what may come next:")
         for purpose, command in next_commands(self.cfg, program, argv, step, checkpoint):
             self.say(f"# {purpose}")
             self.say(shell_text(command, terminal_width()))
+
+
+def read_rows(path):
+    """The rows of a metrics.jsonl, and how many lines are none. A crash cuts the last line, a power loss any."""
+    rows, num_broken = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                row["step"]
+                rows.append(row)
+            except (ValueError, TypeError, KeyError):
+                num_broken += 1
+    return rows, num_broken
 
 
 # ---- Whose folder it is --------------------------------------------------------------------------------------------
@@ -411,10 +494,14 @@ def find_warnings(metrics, previous_drift_means):
     return found
 
 
+# Drift up to here is rounding in fp32, where it changes several-fold from step to step and means nothing.
+ROUNDING_DRIFT = 1e-4
+
+
 def drift_warning(drift_mean, previous_drift_means):
     """A warning if the drift is over three times the median of the ten steps before; None before there are ten."""
     last_ten = previous_drift_means[-10:]
-    if drift_mean is None or len(last_ten) < 10:
+    if drift_mean is None or drift_mean <= ROUNDING_DRIFT or len(last_ten) < 10:
         return None
     median = statistics.median(last_ten)
     if drift_mean <= 3 * median:
@@ -437,8 +524,8 @@ def first_and_last_accuracy(rows):
 def next_commands(cfg, program, argv, step, checkpoint):
     """Commands for what may come next, as (purpose, words of the command) each.
 
-    program holds the words that started launch.py, argv its arguments; step is the last that is finished, and
-    checkpoint the step of a checkpoint, or None.
+    program holds the words before the arguments argv of launch.py; step is the last that is finished, and checkpoint
+    the step of a checkpoint, or None.
     """
     python = program[0]
     folder = short_path(f"{cfg.out_dir}/{cfg.name}")

@@ -53,8 +53,11 @@ def packed_attention(
     for name in NOT_PLAIN:
         if options.get(name) is not None:
             raise ValueError(f"this architecture gives {name} to its attention: it cannot be trained here")
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, A, D], [T, A_kv, D]
-    key, value = key[pack["key_index"]], value[pack["key_index"]]  # [K, A_kv, D]
+    query = query[0].transpose(0, 1)  # [T, A, D]
+    key = key[0].transpose(0, 1)  # [T, A_kv, D]
+    value = value[0].transpose(0, 1)  # [T, A_kv, D]
+    key_index = pack["key_index"]
+    key, value = key[key_index], value[key_index]  # [K, A_kv, D]
     is_grouped = key.shape[1] != query.shape[1]  # several query heads share a key head
     if query.is_cuda and query.dtype != torch.float32:
         out = flash_attention(query, key, value, scaling, pack, is_grouped, sliding_window)
@@ -97,9 +100,12 @@ def padded_attention(query, key, value, scaling, pack, is_grouped, sliding_windo
         max=longest - 1
     )  # [B, L]: the last that a query sees
     newest_key = newest_key[..., None]  # [B, L, 1]
-    mask = (places <= newest_key) & (places > newest_key - (sliding_window or longest))  # [B, L, L]
+    oldest_key = newest_key - (sliding_window or longest) + 1
+    mask = (places >= oldest_key) & (places <= newest_key)  # [B, L, L]
     is_query, is_key = places < num_queries, places < num_keys  # [B, L] each
-    query, key, value = pad(query, is_query), pad(key, is_key), pad(value, is_key)  # [B, A, L, D]
+    query = pad(query, is_query)  # [B, A, L, D]
+    key = pad(key, is_key)  # [B, A_kv, L, D]
+    value = pad(value, is_key)  # [B, A_kv, L, D]
     out = F.scaled_dot_product_attention(
         query, key, value, mask[:, None], scale=scaling, enable_gqa=is_grouped
     )
@@ -125,8 +131,8 @@ def token_logprobs(hidden, targets, weight, bias, temperature):
     logprobs = logits.log_softmax(-1)  # [C, V]
     with torch.no_grad():  # The entropy is reported, not optimised.
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)  # [C]: H = −Σ p log p
-    target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)  # [C]
-    return target_logprobs, entropy
+    target_logprobs = logprobs.gather(-1, targets[:, None])  # [C, 1]
+    return target_logprobs.squeeze(-1), entropy
 
 
 class LogprobHead(nn.Linear):
@@ -173,18 +179,21 @@ class Critic(nn.Module):
         self.model = model
         hidden_size = model.config.hidden_size
         self.value_head = nn.Linear(hidden_size, 1, bias=False, dtype=model.dtype)
-        generator, std = torch.Generator().manual_seed(seed), 1 / (hidden_size + 1)  # std as in OpenRLHF, ORZ
+        generator = torch.Generator().manual_seed(seed)
+        std = 1 / (hidden_size + 1)  # as in OpenRLHF and ORZ
         nn.init.normal_(self.value_head.weight, std=std, generator=generator)
 
     def forward(self, pack):
         """Returns V(s_t), fp32 [N]."""
-        return self.value_head(hidden_states(self.model, pack)).squeeze(-1).float()
+        hidden = hidden_states(self.model, pack)  # [N, H]
+        return self.value_head(hidden).squeeze(-1).float()
 
 
 def hidden_states(backbone, pack):
-    """The last hidden states at `positions`, [N, H]: the head runs on response tokens only."""
-    ids, positions = pack["input_ids"][None], pack["position_ids"][None]  # [1, T]
-    out = backbone(input_ids=ids, position_ids=positions, use_cache=False, pack=pack)
+    """The last hidden states at `state_index`, [N, H]: the head runs on response tokens only."""
+    input_ids = pack["input_ids"][None]  # [1, T]
+    position_ids = pack["position_ids"][None]  # [1, T]
+    out = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, pack=pack)
     return out.last_hidden_state[0][pack["state_index"]]  # [N, H]
 
 
@@ -260,19 +269,32 @@ def plain_buffers(kind, path, dtype, trust=False):
     Call it where no HfDeepSpeedConfig exists, because DeepSpeed would round these buffers, too.
     """
     hf = network_without_memory(kind, path, dtype, trust)
-    buffers = {name: buffer for name, buffer in hf.named_buffers() if buffer.is_floating_point()}
-    # Persistent buffers are read from the weight files. transformers keeps those in fp32 that the model's class names.
-    prefix, fp32_names = f"{hf.base_model_prefix}.", hf._keep_in_fp32_modules_strict or ()
-    persistent = {name.removeprefix(prefix): name for name in buffers.keys() & hf.state_dict().keys()}
-    if not persistent:
-        return buffers
-    for tensors in weight_files(path):
+    buffers = floating_buffers(hf)
+    # Persistent buffers are read from the weight files, where their names may have another prefix.
+    prefix = f"{hf.base_model_prefix}."
+    saved_names = set(hf.state_dict())
+    persistent = {}  # name without the prefix → name
+    for name in buffers:
+        if name in saved_names:
+            persistent[name.removeprefix(prefix)] = name
+    for tensors in weight_files(path) if persistent else []:
         for key in tensors.keys():
             name = persistent.get(key.removeprefix(prefix))
             if name is not None:
-                in_fp32 = any(re.search(part.replace("*", ".*"), name) for part in fp32_names)
-                buffers[name] = tensors.get_tensor(key).to(torch.float32 if in_fp32 else buffers[name].dtype)
+                dtype = torch.float32 if stays_in_fp32(hf, name) else buffers[name].dtype
+                buffers[name] = tensors.get_tensor(key).to(dtype)
     return buffers
+
+
+def stays_in_fp32(hf, name):
+    """Whether transformers keeps a tensor of this name in fp32 whatever the model's dtype is: its class names patterns."""
+    patterns = hf._keep_in_fp32_modules_strict or ()
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+
+
+def floating_buffers(hf):
+    """{name: buffer} of all floating buffers."""
+    return {name: buffer for name, buffer in hf.named_buffers() if buffer.is_floating_point()}
 
 
 def names_in_fp32(buffers):
@@ -286,18 +308,18 @@ def check_buffers(network, expected, path):
     A buffer that differs, such as a rotary embedding's frequencies rounded to bf16, makes the learner another network than
     the one that vLLM samples from, and nothing else would report it.
     """
-    loaded = {
-        name: buffer for name, buffer in inner_model(network).named_buffers() if buffer.is_floating_point()
-    }
+    loaded = floating_buffers(inner_model(network))
     for name in sorted(expected.keys() | loaded.keys()):
         if name not in expected or name not in loaded:
             where = "plain transformers" if name in expected else "the learner"
             raise ValueError(f"{path}: only {where} has the buffer {name}: this model cannot be trained here")
         buffer, plain = loaded[name].cpu(), expected[name]
-        if buffer.dtype != plain.dtype or not torch.equal(buffer, plain):
-            difference = (
-                f"{buffer.dtype} instead of {plain.dtype}" if buffer.dtype != plain.dtype else "other values"
-            )
+        difference = None
+        if buffer.dtype != plain.dtype:
+            difference = f"{buffer.dtype} instead of {plain.dtype}"
+        elif not torch.equal(buffer, plain):
+            difference = "other values"
+        if difference:
             raise ValueError(
                 f"{path}: the learner's buffer {name} has {difference}, compared with plain transformers: "
                 "its log-probs would differ from vLLM's, so this model cannot be trained here"

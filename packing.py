@@ -49,6 +49,7 @@ class Batch:
     prompt_indices, prompt_lens, response_lens, lengths, token_starts, response_starts      int64 [B]
     rewards         fp32 [B]
     correct         bool [B]
+    cut_off         bool [B]: at the length limit
     logprobs        fp32 [N], the sampler's
 
     As a step goes on, the training loop adds fp32 [N] arrays: values, advantages, returns, and where a setting needs them
@@ -56,25 +57,35 @@ class Batch:
     """
 
     def __init__(self, samples):
-        self.tokens = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.response_ids)])
-        self.prompt_indices = np.array([s.prompt_index for s in samples])
-        self.prompt_lens = np.array([len(s.prompt_ids) for s in samples])
-        self.response_lens = np.array([len(s.response_ids) for s in samples])
-        self.rewards = np.array([s.reward for s in samples], np.float32)
-        self.correct = np.array([s.correct for s in samples], bool)
-        self.logprobs = np.concatenate([s.logprobs for s in samples], dtype=np.float32)
+        tokens = []
+        for sample in samples:
+            tokens += [sample.prompt_ids, sample.response_ids]
+        self.tokens = np.concatenate(tokens)
+        self.prompt_indices = np.array([sample.prompt_index for sample in samples])
+        self.prompt_lens = np.array([len(sample.prompt_ids) for sample in samples])
+        self.response_lens = np.array([len(sample.response_ids) for sample in samples])
         self.lengths = self.prompt_lens + self.response_lens
         self.token_starts = np.cumsum(self.lengths) - self.lengths
         self.response_starts = np.cumsum(self.response_lens) - self.response_lens
+        self.correct = np.array([sample.correct for sample in samples], bool)
+        self.cut_off = np.array([sample.finish_reason == "length" for sample in samples], bool)
+        self.rewards = np.array([sample.reward for sample in samples], np.float32)
+        self.logprobs = np.concatenate([sample.logprobs for sample in samples])
 
 
 # ---- From samples to plans ---------------------------------------------------------------------------------------
 
 
-def plan_updates(batch, num_updates, rng, cfg, hidden_size):
-    """Split the samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack."""
-    parts = np.array_split(rng.permutation(len(batch.lengths)), num_updates)
-    return [plan_samples(batch, part.tolist(), cfg, hidden_size) for part in parts]
+def plan_updates(batch, indices, num_updates, rng, cfg, hidden_size):
+    """Split these samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack.
+
+    epochs_per_step passes over the samples follow each other, each split anew.
+    """
+    plans = []
+    for _ in range(cfg.epochs_per_step):
+        for part in np.array_split(rng.permutation(indices), num_updates):
+            plans.append(plan_samples(batch, part.tolist(), cfg, hidden_size))
+    return plans
 
 
 def plan_samples(batch, indices, cfg, hidden_size):
@@ -83,11 +94,13 @@ def plan_samples(batch, indices, cfg, hidden_size):
     Samples of a prompt go together to share it, up to an eighth of a pack: larger bundles would fill packs unevenly.
     """
     bundles, lengths = bundle(batch, indices, cfg.max_tokens_per_pack // 8)
-    plan = [[] for _ in range(cfg.workers)]
-    for rank, packs in enumerate(pack(lengths, cfg.max_tokens_per_pack, cfg.workers, hidden_size)):
-        for members in packs:
+    plan = []
+    for packs_of_bundles in pack(lengths, cfg.max_tokens_per_pack, cfg.workers, hidden_size):
+        packs = []
+        for members in packs_of_bundles:
             samples = chain.from_iterable(bundles[member] for member in members)
-            plan[rank].append(list(samples))
+            packs.append(list(samples))
+        plan.append(packs)
     return plan
 
 
@@ -122,15 +135,23 @@ def pack(lengths, budget, num_ranks, hidden_size):
     if longest > budget:
         raise ValueError(f"a sample of {longest} tokens does not fit into a pack of {budget} tokens")
     packs = best_fit(lengths, budget)
-    packs += [[] for _ in range(-len(packs) % num_ranks)]  # to a multiple of the number of ranks
+    num_empty = -len(packs) % num_ranks  # to a multiple of the number of ranks
+    packs += [[] for _ in range(num_empty)]
     # As many packs as that, but evenly filled, so that no rank waits for another. This fails where pieces are coarse.
     even_packs = fill_evenly(lengths, len(packs))
-    if max(lengths[indices].sum() for indices in even_packs) <= budget:
+    fullest = max(lengths[indices].sum() for indices in even_packs)
+    if fullest <= budget:
         packs = even_packs
     # Per token the linear layers cost about 24·H² operations, and causal attention over l tokens 2·H·l: the work on a
     # sequence is l · (1 + l / 12H), in units of one token of the linear layers.
     work = lengths * (1 + lengths / (12 * hidden_size))
-    return deal([work[indices].sum() for indices in packs], packs, num_ranks)
+    work_of_packs = [work[indices].sum() for indices in packs]
+    return deal(packs, work_of_packs, num_ranks)
+
+
+def largest_first(numbers):
+    """The indices of these numbers, the largest number first; equal ones stay in their order."""
+    return np.argsort(-np.asarray(numbers), kind="stable").tolist()
 
 
 def best_fit(lengths, capacity):
@@ -139,10 +160,9 @@ def best_fit(lengths, capacity):
     This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible. A piece that is over the
     capacity gets a list of its own.
     """
-    lengths = np.asarray(lengths)
     packs = []
     rooms = []  # (tokens left, which pack has them left), sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in largest_first(lengths):
         length = int(lengths[i])
         tightest = bisect.bisect_left(rooms, (length,))
         if tightest < len(rooms):
@@ -161,22 +181,22 @@ def fill_evenly(lengths, num_packs):
     fills = [
         (0, pack_index) for pack_index in range(num_packs)
     ]  # a heap of (tokens so far, which pack has them)
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in largest_first(lengths):
         tokens, emptiest = fills[0]
         packs[emptiest].append(i)
-        heapq.heapreplace(fills, (tokens + int(lengths[i]), emptiest))
+        tokens += int(lengths[i])
+        heapq.heapreplace(fills, (tokens, emptiest))
     return packs
 
 
-def deal(work_of_packs, packs, num_ranks):
+def deal(packs, work_of_packs, num_ranks):
     """Deal packs to ranks, most work first, in snake order (0 1 2, 2 1 0, …): plan[rank][n] = a pack.
 
     The n-th packs of all ranks are computed at the same time, because gathering weights holds the ranks together: they
     come from neighbouring places in the order of work, and so cost about the same.
     """
-    most_work_first = np.argsort([-work for work in work_of_packs], kind="stable").tolist()
     plan = [[] for _ in range(num_ranks)]
-    for place, pack_index in enumerate(most_work_first):
+    for place, pack_index in enumerate(largest_first(work_of_packs)):
         plan[snake(place, num_ranks)].append(packs[pack_index])
     return plan
 
@@ -223,22 +243,26 @@ def make_pack(batch, indices, device, fields=()):
             places = np.concatenate([prompt_places[prompt_index], places])
         prompt_places[prompt_index] = places[:prompt_len]
         start = batch.token_starts[i]
-        tokens = batch.tokens[start : start + length]
-        pieces["input_ids"].append(tokens[first_new:].astype(np.int64))
+        tokens = batch.tokens[start : start + length].astype(np.int64)
+        response_len = length - prompt_len
+        pieces["input_ids"].append(tokens[first_new:])
         pieces["position_ids"].append(np.arange(first_new, length))
         pieces["key_index"].append(places)
         pieces["state_index"].append(places[prompt_len - 1 : length - 1])
-        pieces["targets"].append(tokens[prompt_len:].astype(np.int64))
-        pieces["token_index"].append(batch.response_starts[i] + np.arange(length - prompt_len))
+        pieces["targets"].append(tokens[prompt_len:])
+        pieces["token_index"].append(batch.response_starts[i] + np.arange(response_len))
         cu_seqlens_q.append(num_placed + num_new)
         cu_seqlens_k.append(cu_seqlens_k[-1] + length)
-    arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
-    arrays["cu_seqlens_q"] = np.array(cu_seqlens_q, np.int32)
-    arrays["cu_seqlens_k"] = np.array(cu_seqlens_k, np.int32)
+    arrays = {}
+    for name, parts in pieces.items():
+        arrays[name] = np.concatenate(parts)
     for field in fields:
         arrays[field] = getattr(batch, field)[arrays["token_index"]]
+    arrays["cu_seqlens_q"] = np.array(cu_seqlens_q, np.int32)
+    arrays["cu_seqlens_k"] = np.array(cu_seqlens_k, np.int32)
     pack = {}
     for name, array in arrays.items():
-        pack[name] = torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        pack[name] = tensor.to(device, non_blocking=True)
     pack["max_seqlen"] = int(np.diff(cu_seqlens_k).max())
     return pack

@@ -20,6 +20,11 @@ over responses of means over their tokens: every token weighs the same, whether 
 With one policy update per batch, π_old is the policy itself: the ratio r_t is 1, the clip does nothing, and what is left of
 PPO is REINFORCE with a learned baseline. The clip matters with policy_updates_per_step > 1.
 
+A variant changes one of three things, and is off by default:
+  the advantages      gae, or one of the group advantages without a critic       set_advantages, GROUP_ADVANTAGES
+  who is trained on   all responses, or those that policy_samples leaves         policy_samples
+  the policy's loss   a weight per token, a KL term, the average                 policy_terms, importance_weights, loss_denominator
+
 In:   a Batch (flat arrays over all samples) and plans of packs.   Out: values, log-probs, updated networks, metrics.
 Nothing above the Learner knows of Ray, vLLM or DeepSpeed.
 
@@ -33,9 +38,36 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
+from configs.load import has_critic, updates_per_step
 from packing import make_pack
 
 # ---- Advantages --------------------------------------------------------------------------------------------------
+
+
+def set_advantages(batch, cfg):
+    """Give the batch its advantages, and where there is a critic the returns that it learns. Returns metrics."""
+    if not has_critic(cfg):
+        # The samples stand in the order of their prompts.
+        groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
+        group_advantages = GROUP_ADVANTAGES[cfg.advantage]
+        batch.advantages = group_advantages(groups, batch.response_lens)
+        return {"advantage_abs": mean_abs(batch.advantages)}
+    rewards = token_rewards(batch, cfg.kl_coef)
+    values, response_lens = batch.values, batch.response_lens
+    advantages, batch.returns = gae(rewards, values, response_lens, cfg.gamma, cfg.lam)
+    if cfg.critic_lam != cfg.lam:  # decoupled GAE (VAPO, arXiv 2504.05118, section 4.1)
+        _, batch.returns = gae(rewards, values, response_lens, cfg.gamma, cfg.critic_lam)
+    batch.advantages = normalise(advantages) if cfg.normalise_advantages else advantages
+    return {
+        "explained_var": explained_variance(values, batch.returns),
+        "value_mean": float(values.mean(dtype=np.float64)),
+        "advantage_abs": mean_abs(advantages),
+    }
+
+
+def mean_abs(advantages):
+    """Mean |Â| over all tokens."""
+    return float(np.abs(advantages).mean(dtype=np.float64))
 
 
 def token_rewards(batch, kl_coef=0.0):
@@ -90,26 +122,75 @@ def explained_variance(values, returns):
     return float(1 - (returns - values).var() / variance) if variance > 0 else None
 
 
-def group_advantages(batch, group_size):
-    """GRPO's advantages (arXiv 2402.03300, section 4.1.2), fp32 [N]: a response's reward against the mean of the
-    `group_size` responses to its prompt, in their standard deviations, at every token.
+# Without a critic a response is compared with the G responses to its prompt, and all its tokens have its advantage.
+# Each function takes the rewards [prompts, G] and response_lens [B], and returns the advantages, fp32 [N].
 
-    The samples stand in the order of their prompts.
-    """
-    groups = batch.rewards.reshape(-1, group_size)  # [B / group_size, group_size]
+
+def dr_grpo(groups, response_lens):
+    """r − mean(r) (Dr. GRPO, arXiv 2503.20783, section 3). Its loss has a constant length: --loss_average=constant."""
+    relative = groups - groups.mean(axis=1, keepdims=True)  # [prompts, G]
+    return np.repeat(relative.ravel(), response_lens)
+
+
+def grpo(groups, response_lens):
+    """(r − mean(r)) / std(r) (GRPO, arXiv 2402.03300, section 4.1.2). Its loss averages by response."""
     mean = groups.mean(axis=1, keepdims=True)
     std = groups.std(axis=1, keepdims=True)
-    relative = (groups - mean) / (std + 1e-6)
-    return np.repeat(relative.ravel(), batch.response_lens)  # [N]
+    relative = (groups - mean) / (std + 1e-6)  # [prompts, G]
+    return np.repeat(relative.ravel(), response_lens)
+
+
+def rloo(groups, response_lens):
+    """r_i − Σ_{j≠i} r_j / (G − 1) (RLOO, arXiv 2402.14740, "REINFORCE Leave-One-Out")."""
+    group_size = groups.shape[1]
+    sum_of_others = groups.sum(axis=1, keepdims=True) - groups
+    relative = groups - sum_of_others / (group_size - 1)  # [prompts, G]
+    return np.repeat(relative.ravel(), response_lens)
+
+
+def reinforce(groups, response_lens):
+    """r − mean(r), normalised over all tokens of the batch ("REINFORCE++-baseline", arXiv 2501.03262).
+
+    This is also what ORZ's own GRPO arm computes: its deviation of a group is 1, by a slip.
+    """
+    return normalise(dr_grpo(groups, response_lens))
+
+
+GROUP_ADVANTAGES = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce": reinforce,
+}
+
+
+# ---- Which responses the policy is trained on --------------------------------------------------------------------
+
+
+def policy_samples(batch, cfg):
+    """The samples that the policy is trained on, as indices: all, unless a setting leaves some out."""
+    kept = np.ones(len(batch.rewards), bool)  # [B]
+    if cfg.drop_equal_groups:
+        # By comparison these teach nothing (DAPO, arXiv 2503.14476, section 3.2, which samples others instead).
+        groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
+        differ = groups.min(axis=1) < groups.max(axis=1)
+        kept &= differ.repeat(cfg.samples_per_prompt)
+    if cfg.drop_cut_off:
+        # A reward of 0 says nothing about a train of thought that had no time to end (DAPO, section 3.4).
+        kept &= ~batch.cut_off
+    return np.flatnonzero(kept)
 
 
 # ---- Losses ------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(logprobs, old_logprobs, advantages, clip_eps):
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio."""
+def policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=None):
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio.
+
+    A clip_eps_high of its own lets rare tokens grow further (DAPO, arXiv 2503.14476, eq. 10).
+    """
     ratio = (logprobs - old_logprobs).exp()  # [N]
-    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + (clip_eps_high or clip_eps))
     return -torch.min(ratio * advantages, clipped_ratio * advantages), ratio
 
 
@@ -119,9 +200,55 @@ def value_loss(values, old_values, returns, value_clip):
     return 0.5 * torch.max((values - returns) ** 2, (clipped_values - returns) ** 2)
 
 
-def k3(log_ratio):
-    """Schulman's estimator of a KL divergence (2020, "Approximating KL divergence"): r − 1 − log r, never negative."""
-    return log_ratio.exp() - 1 - log_ratio
+def kl_estimate(log_ratio, estimator="k3"):
+    """Schulman's estimators of KL(p‖q) from samples of p (2020, "Approximating KL divergence"): log_ratio = log q − log p.
+
+    As a loss, where p is the policy, k2 has the gradient of KL(p‖q), and k1 one whose mean is 0.
+    """
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    return log_ratio.exp() - 1 - log_ratio  # k3, never negative
+
+
+def importance_weights(log_ratio, response_lens, cfg):
+    """The weight of each token's policy loss, [N], and two metrics: vLLM sampled from a slightly different policy.
+
+    log_ratio [N] is log ρ = log π_old − log π_vLLM, of responses of these lengths laid end to end. The weight is
+      min(ρ, importance_cap), or 1 without one    (TIS: Yao et al. 2025, fengyao.notion.site/off-policy-rl)
+      0 for tokens whose ρ is outside a band      (IcePop: arXiv 2510.18855, section on reinforcement learning)
+      0 for responses whose exp(mean log ρ) is    (geometric masks: Liu et al. 2025, "When speed kills stability")
+    """
+    ratio = log_ratio.exp()
+    weights = torch.ones_like(ratio)
+    if cfg.importance_cap:
+        weights = ratio.clamp(max=cfg.importance_cap)
+    if any(cfg.importance_token_band):
+        weights = weights * inside(ratio, cfg.importance_token_band)
+    if any(cfg.importance_response_band):
+        geometric_mean = response_means(log_ratio, response_lens).exp()  # [N]
+        weights = weights * inside(geometric_mean, cfg.importance_response_band)
+    shares = {
+        "importance_truncated": ratio > (cfg.importance_cap or np.inf),
+        "importance_masked": weights == 0,
+    }
+    return weights, shares
+
+
+def inside(ratio, band):
+    """1.0 where the ratio is in the band, else 0.0."""
+    low, high = band
+    is_inside = (low <= ratio) & (ratio <= high)
+    return is_inside.to(ratio.dtype)
+
+
+def response_means(values, response_lens):
+    """The mean over its response at each token: values [N], of responses of these lengths laid end to end → [N]."""
+    means = [values[:0]]  # A pack may be empty.
+    for part in values.split(response_lens):
+        means.append(part.mean().expand(len(part)))
+    return torch.cat(means)
 
 
 def num_response_tokens(batch, plan):
@@ -129,13 +256,25 @@ def num_response_tokens(batch, plan):
     return sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
 
 
+def loss_denominator(batch, plan, average, max_response_tokens):
+    """What the sum of an update's loss is divided by. It is known before the first pack.
+
+    "token": all response tokens. "response": the responses, where each token's loss has been divided by the length of its
+    response (GRPO, arXiv 2402.03300, eq. 3). "constant": the responses times max_response_tokens (arXiv 2503.20783).
+    """
+    if average == "token":
+        return num_response_tokens(batch, plan)
+    num_responses = sum(len(indices) for packs in plan for indices in packs)
+    return num_responses * (max_response_tokens if average == "constant" else 1)
+
+
 # ---- The schedule ------------------------------------------------------------------------------------------------
 
 
 def num_updates(cfg, kind, step):
-    """How many updates a learner has made when `step` is finished."""
-    per_step = {"policy": cfg.policy_updates_per_step, "critic": cfg.critic_updates_per_step}
-    return step * per_step[kind]
+    """How many updates a learner has made when `step` is finished. The first steps may be the critic's alone."""
+    steps = max(0, step - cfg.critic_warmup_steps) if kind == "policy" else step
+    return steps * updates_per_step(cfg, kind)
 
 
 def learning_rate(cfg, kind, update):
@@ -160,8 +299,8 @@ GATHERED_AT_ONCE = 16
 
 
 # Mean |Δ log-prob| between vLLM and the policy above which a run stops, unless drift_limit says otherwise. Where both are
-# bf16, healthy runs have 0.01 to 0.05 (0.011 Qwen3-4B, 0.05 Qwen2.5-0.5B and SmolLM2-135M): there it only catches gross
-# errors.
+# bf16, healthy runs have 0.01 to 0.05 (published: 0.011 Qwen3-4B, 0.05 Qwen2.5-0.5B; measured here: 0.040 SmolLM2-135M): there
+# it only catches gross errors.
 DRIFT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
@@ -282,13 +421,14 @@ class Learner:
             log_ratio = torch.from_numpy(
                 self.forward(batch, kl_plan) - logprobs_before
             )  # [N], 0 outside the plan
-            metrics["update_kl"] = float(k3(log_ratio).sum()) / max(1, num_response_tokens(batch, kl_plan))
+            sum_of_kl = float(kl_estimate(log_ratio).sum())
+            metrics["update_kl"] = sum_of_kl / max(1, num_response_tokens(batch, kl_plan))
         return metrics
 
     def accumulate(self, batch, plan, is_first):
         """Compute the gradient of one update. Returns metric → [sum, count] over all ranks."""
-        # The loss's denominator is known before the first pack: all response tokens of this update.
-        num_tokens = num_response_tokens(batch, plan)
+        average = self.cfg.loss_average if self.kind == "policy" else "token"
+        denominator = loss_denominator(batch, plan, average, self.cfg.max_response_tokens)
         totals = {}  # metric → fp64 [2], sum and count
         drift_max = torch.zeros((), device=self.device)
         for indices in plan[self.rank]:
@@ -297,7 +437,7 @@ class Learner:
             else:
                 loss, vectors = self.critic_terms(batch, indices)
             # ZeRO-3 divides every reduced gradient by the number of ranks; multiplying by it first leaves the sum.
-            self.engine.backward(loss.sum() * self.world_size / num_tokens)
+            self.engine.backward(loss.sum() * self.world_size / denominator)
             for name, vector in vectors.items():
                 total = vector.detach().double().sum()
                 count = torch.full_like(total, len(vector))
@@ -320,18 +460,24 @@ class Learner:
 
         is_first: this is the step's first update, whose weights are those that vLLM sampled with.
         """
-        is_only_update = self.cfg.policy_updates_per_step == 1
-        fields = ["advantages", "logprobs"] + ([] if is_only_update else ["old_logprobs"])
+        cfg = self.cfg
+        is_only_update = updates_per_step(cfg, "policy") == 1
+        fields = ["advantages", "logprobs"]
+        if not is_only_update:
+            fields.append("old_logprobs")
+        if cfg.kl_loss_coef:
+            fields.append("ref_logprobs")
         pack = make_pack(batch, indices, self.device, fields)
-        logprobs, entropy = self.engine(pack, self.cfg.temperature)  # [N] each
+        logprobs, entropy = self.engine(pack, cfg.temperature)  # [N] each
         # Strictly on-policy, the old log-probs are the new ones: they need no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if is_only_update else pack["old_logprobs"]
-        advantages, clip_eps = pack["advantages"], self.cfg.clip_eps
-        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps)
-        correct = np.repeat(batch.correct[indices], batch.response_lens[indices])  # [N]
+        advantages, clip_eps = pack["advantages"], cfg.clip_eps
+        clip_eps_high = cfg.clip_eps_high or clip_eps
+        response_lens = batch.response_lens[indices]  # [B]
+        loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high)
+        correct = np.repeat(batch.correct[indices], response_lens)  # [N]
         correct = torch.from_numpy(correct).to(self.device)
         vectors = {
-            "pg_loss": loss,
             "entropy": entropy,
             "entropy_right": entropy[correct],
             "entropy_wrong": entropy[~correct],
@@ -340,8 +486,30 @@ class Learner:
             vectors["drift_mean"] = (logprobs - pack["logprobs"]).abs()
         if not is_only_update:
             vectors["clipfrac_low"] = (ratio < 1 - clip_eps) & (advantages < 0)
-            vectors["clipfrac_high"] = (ratio > 1 + clip_eps) & (advantages > 0)
-            vectors["approx_kl"] = k3(logprobs - old_logprobs)
+            vectors["clipfrac_high"] = (ratio > 1 + clip_eps_high) & (advantages > 0)
+            vectors["approx_kl"] = kl_estimate(logprobs - old_logprobs)
+        loss, loss_vectors = self.vary_loss(loss, logprobs, old_logprobs, pack, response_lens)
+        return loss, vectors | loss_vectors
+
+    def vary_loss(self, loss, logprobs, old_logprobs, pack, response_lens):
+        """What a setting adds to PPO's loss per token: a weight, a KL term, an average that is not over tokens.
+
+        loss, logprobs and old_logprobs are [N], response_lens is [B]. Returns the loss and vectors, as policy_terms.
+        """
+        cfg, vectors = self.cfg, {}
+        if cfg.importance_cap or any(cfg.importance_token_band + cfg.importance_response_band):
+            log_ratio = old_logprobs - pack["logprobs"]  # [N]
+            weights, shares = importance_weights(log_ratio, response_lens.tolist(), cfg)
+            loss = loss * weights
+            vectors |= shares
+        vectors["pg_loss"] = loss
+        if cfg.kl_loss_coef:
+            kl_loss = kl_estimate(pack["ref_logprobs"] - logprobs, cfg.kl_estimator)  # [N]
+            loss = loss + cfg.kl_loss_coef * kl_loss
+            vectors["kl_loss"] = kl_loss
+        if cfg.loss_average == "response":
+            length_of_response = np.repeat(response_lens, response_lens)  # [N]
+            loss = loss / torch.from_numpy(length_of_response).to(self.device)
         return loss, vectors
 
     def critic_terms(self, batch, indices):
@@ -376,7 +544,7 @@ class Learner:
             raise FloatingPointError(f"{kind} update not finite, left out; its data: {path}")
         return {f"skipped_{kind}": [1, 1]}
 
-    # ---- Weights out ---------------------------------------------------------------------------------------------
+    # ---- Weights in and out --------------------------------------------------------------------------------------
 
     def weights(self):
         """Yield (Hugging Face name, whole tensor) of every parameter. All ranks gather, and must iterate, together."""
@@ -388,6 +556,16 @@ class Learner:
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
                 for name, parameter in bucket:
                     yield name.removeprefix("hf."), parameter.data
+
+    def copy_weights(self, other):
+        """Take the weights of another Learner of the same network."""
+        import deepspeed
+
+        own = dict(self.network.named_parameters())
+        for name, tensor in other.weights():
+            parameter = own[f"hf.{name}"]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(tensor)
 
     def export(self, folder):
         """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""
@@ -439,8 +617,14 @@ class Learner:
             for name, tensor in self.engine.optimizer.optimizer.state[master].items():
                 yield f"{i}.{name}", tensor
 
+    def own_parts(self):
+        """Yield (name, tensor): this rank's part of every weight as it is computed with."""
+        for name, parameter in self.network.named_parameters():
+            yield name, parameter.ds_tensor
+
     def save(self, folder):
-        state = {name: tensor.detach().cpu() for name, tensor in self.optimizer_state()}
+        parts = self.optimizer_state() if self.is_trained else self.own_parts()
+        state = {name: tensor.detach().cpu() for name, tensor in parts}
         save_file(state, self.checkpoint_file(folder))
         os.sync()
 
@@ -448,6 +632,10 @@ class Learner:
         """Become what was saved there. This needs the GPU, as forward and update do."""
         zero = self.engine.optimizer
         saved = load_file(self.checkpoint_file(folder))
+        if not self.is_trained:
+            for name, part in self.own_parts():
+                part.copy_(saved[name])
+            return
         zero._partition_all_parameters()
         for i, master in enumerate(zero.fp32_partitioned_groups_flat):
             master.data.copy_(saved[f"{i}.weights"])

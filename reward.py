@@ -1,19 +1,13 @@
-"""The reward: extract the answer of a response, decide if it equals the reference, in limited processes.
+"""The reward: extract the answer of a response, and let limited processes decide whether it equals the reference.
 
 In:   the text of a response, the reference answer, the reason why generation ended.
-Out:  1.0 or 0.0 (ORZ's rule: 1.0 only if generation ended by itself and the boxed answer is right).
+Out:  (correct, outcome): whether the response is correct, and how that was found. ORZ's rule: a response is correct
+      only if generation stopped by itself and its boxed answer equals the reference.
 
-    extract_answer → normalise (one spelling) → decide (choices, words) → equal (what is stated, intervals, units)
-                   → values_at_points (read by reward.lark) → agree (part by part) → Grader
+    response → extract_answer → Grader → a process of its pool → equality.decide
 
-Two answers are equal if they have the same value: constants to a thousand digits, expressions at fixed points.
-Nothing of an answer is ever run as code: lark reads it, and `compute` knows nothing but the words of the grammar.
-Why not sympy: of 2,160 different real references its parse_latex reads 2,070, latex2sympy2_extended 2,143 and this
-2,146, and both compute while they parse, without bounds. math-verify is right on 80% of tests/reward_pairs.py (which
-specify this grader, so that its own 695 of 701 there say less; the 6 are right answers rejected). Why not pebble: it
-took 13 s for 8,192 fractions on two processes, and a process killed at rest breaks its pool for good.
-
-This file knows nothing of the others. `python reward.py` is one process of the Grader's pool.
+The processes are `python reward.py`. Only they import equality.py and the libraries that read mathematics. Why not
+pebble: it took 13 s for 8,192 fractions on two processes, and a process killed at rest breaks its pool for good.
 """
 
 import ctypes
@@ -23,367 +17,152 @@ import resource
 import select
 import signal
 import sys
-import unicodedata
-import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from subprocess import PIPE, Popen
 
-from lark import Lark, LarkError, Tree
-from mpmath.ctx_mp import MPContext
-
-# Of a grading process: CPU time of an item, however busy the machine is; wall clock of one that neither works nor
-# ends (0 such items in a healthy run); address space.
-CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 2.0, 30.0, 1 << 30
-# Work is refused before it starts where it is larger than any of 5,238 real references needs: characters of an
-# answer, its opening brackets of one kind, n in n!, bits of a power (2013^2014 has 22,000).
-MAX_CHARS, MAX_BRACKETS, MAX_WHOLE, MAX_BITS = 1000, 100, 20000, 1 << 17
-# Bits of a number: with variables, in constants, and in constants of rationals alone: integers are exact.
-BITS, BITS_REAL, BITS_WHOLE = 1 << 10, 1 << 12, 1 << 15
-MP = MPContext()  # of our own: mpmath's global precision is left alone
-PARSER = Lark.open("reward.lark", rel_to=__file__, parser="lalr")
-NAME, FUNCTION = (PARSER.get_terminal(name).pattern.value for name in ("NAME", "FUNCTION"))
+# Limits of a grading process. CPU time per request, however busy the machine is; wall-clock time per request, for a
+# process that neither works nor ends (0 such requests in a healthy run); address space.
+CPU_SECONDS = 2.0
+WALL_SECONDS = 30.0
+MEMORY_BYTES = 1 << 30
 
 
 def extract_answer(response: str) -> str:
-    """Content of the last `\\boxed{…}` inside the last complete `<answer> … </answer>`, "" if none."""
-    _, tag, block = response.rpartition("</answer>")[0].rpartition("<answer>")
-    block = block.partition("</answer>")[0] if tag else ""
-    answer, opened = "", []  # one pass with a stack: linear however the braces are nested
+    """Returns the content of the last `\\boxed{…}` inside the last complete `<answer> … </answer>`, or ""."""
+    before, _, _ = response.rpartition("</answer>")
+    _, tag, block = before.rpartition("<answer>")
+    if not tag:
+        return ""
+    block = block.partition("</answer>")[0]
+    answer = ""
+    opened = []  # the stack of open braces makes this one pass, linear however the braces are nested
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", block, re.DOTALL):
         if token[0] == "{" or token[0].startswith("\\boxed"):
             opened.append(token)
         elif token[0] == "}" and opened:
             begin = opened.pop()
-            answer = answer if begin[0] == "{" else block[begin.end() : token.start()]
+            if begin[0] != "{":
+                answer = block[begin.end() : token.start()]
     return answer
 
 
-# -- normalise: one spelling for the same mathematics -----------------------------------------------------------
-
-# What is one sign in mathematics becomes one character, so that \cosx, \piR and \leqx are read, too (\leq before \le).
-SIGNS = r"""\leqslant ≤ \leq ≤ \le ≤ <= ≤ \geqslant ≥ \geq ≥ \ge ≥ >= ≥ \neq ≠ \ne ≠ != ≠ \infty ∞ \in ∈ \equiv ≡ \\ , ; ,
-    \approx ≈ \cdots … \cdot * \times * × * · * \div / ÷ / ⁄ / − - – - \pi π \cup , ∪ , \pm ± \mp ∓ \emptyset ∅ \varnothing ∅
-    \{\} ∅ \sqrt √ \ldots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor(
-    \rfloor ) \lceil \ceil( \rceil ) \lor , \vee , \degree ° \circ ° \mathbb{R} (-∞,∞) \dfrac \frac \tfrac \frac \% % \$ $"""
-SIGNS = dict(zip(SIGNS.split()[::2], SIGNS.split()[1::2], strict=True))
-WORDS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine".split())}
-WORDS |= {"thousand": "*1000", "million": "*10^6", "infinity": "∞", "degrees": "°", "percent": "%"}
-WORDS |= {"all real numbers": "(-∞,∞)", "ten": "10", "twelve": "12"}
-LESS = str.maketrans(">≥", "<≤")
-UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|\\Omega|(?<= )(?:[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*)"
-GROUPED = r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]|\.\d*,| \d|.*(?:[)\]]|\\\}))"
-
-
-def both_signs(match: re.Match) -> str:
-    """3 ± √2 → 3 + √2, 3 − √2."""
-    return ",".join(match[0].translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+"))
-
-
-def repeating(match: re.Match) -> str:
-    """0.1\\overline{6} → (0.10+\\frac{6}{90})."""
-    return rf"({match[1]}0+\frac{{{match[3]}}}{{{(10 ** len(match[3]) - 1) * 10 ** len(match[2])}}})"
-
-
-# In this order. Afterwards "…" is text, $ the dollar, and relations are one character.
-REWRITES = [
-    (r'"|(?<!\\)\$(?!\d[\d.,]*$)|(?<!\\)\\[()\[\]]', ""),  # math delimiters, but "$5" is money
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|math(?:bf|it|cal)|boldsymbol)(?![a-zA-Z])|\\! *", ""),
-    (r"(?:(?<!\\)\\[,;:> ]|~|\\(?:q?quad|angle|triangle)(?![a-z])|\\(?:begin|end)\{cases\}|\{,\}|\s)+", " "),
-    (r"^ ?(?:\\boxed ?\{(.*)|\{([^{}]*))\} ?$", r"\1\2"),
-    (r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mbox|operatorname\*?) ?\{([^{}]*)\}", r'"\1"'),
-    (r'(?i)^ ?"? ?(?:(?:the )?answer(?: is)?:?|option|approximately|\\approx) ?"?', ""),
-    (rf'(?i)" ?({"|".join(WORDS)})[ .]?"', lambda match: WORDS[match[1].lower()]),
-    (rf'" ?({FUNCTION[2:]}|pi) ?"|(?<![\\a-zA-Z])({FUNCTION[2:]}|sqrt|pi|infty)(?![a-zA-Z])', r"\\\1\2 "),
-    (r'\(? ?\\?"? ?(?<![a-z])[pb]?mod(?![a-z]) ?"?([^()]*)\)?', r"@\1"),
-    (r"(\d*\.(\d*))\\(?:overline|bar|dot) ?\{?(\d+)\}?", repeating),
-    ("|".join(map(re.escape, SIGNS)), lambda match: SIGNS[match[0]]),
-    (r'\^ ?\{? ?(?:°|"(?:st|nd|rd|th)") ?\}?', "°"),
-    (r"^((?!\\(?:sin|cos|tan)).)*$", lambda match: match[0].replace("°", "")),
-    (r'(?:, ?)?"? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?"?', ","),
-    # What is named, not its name: a member, an approximation, a class, a point, a function, a set.
-    (rf"^ ?(?![eiπ] ?≈){NAME} ?[∈≈]|, ?[j-n] ?∈.*$|^.*≡|^ ?[A-Z] ?(?=\(.*,.*\) ?$)", ""),
-    (r"^ ?[a-zA-Z] ?\([a-z]\) ?=(?!.*=)|, ?[a-z] ?∈ ?\(-∞,∞\)$", ""),
-    (r"^\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[|:](.*)\\\}$", r"\1"),
-    (r"(?<![\d.^_])(\d+)(?: ?(\\frac(?: ?\d|\{\d+\}){2})| (\d+/\d+))(?!\d)", r"{\1+\2\3}"),  # a mixed number
-    (r"\\(sin|cos|tan|cot) ?\^ ?\{?-1\}?", r"\\arc\1 "),
-    (rf"^(?: ?{NAME} ?≠|\(-∞,∞\) *\\setminus *\\\{{)([^,]*?)(?:\\\}})?$", r"(-∞,\1),(\1,∞)"),
-    (r"^([^≈]*)≈([^≈]*)$", r"\2=\1"),  # what is exact is stated
-    (r"[^,<>≤≥]*(?:[>≥][^,<>≤≥]*)+", lambda m: "".join(re.split("([>≥])", m[0])[::-1]).translate(LESS)),
-    # |x|<1 is -1<x<1, and (x,y)=(1,2), below, is x=1,y=2.
-    (rf"^ ?\|({NAME})\| ?([<≤])([^,]*)$", r"-(\3)\2\1\2\3"),
-    (r"\|([^|]*)\|", r"\\abs(\1)"),
-    (r"(?:^|(?<=,)|(?<=\\\{))(?:[^,\\]|\\[^{}])*[±∓](?:[^,\\]|\\[^{}])*", both_signs),
-    (r'^\(?"?([\dA-F]*\d[\dA-F]*)"?\)? ?_\{?(-?\d+)\}?$', r"\1_\2"),  # digits in a base
-    (rf"(?<=[\d}}]) ?({UNIT})(?=\^|[ ,;)%]|$)", r'"\1"'),  # a bare unit is text, too
-    (r"^\(([a-zA-Z]), ?([a-zA-Z])\) ?= ?\(([^,()]*),([^,()]*)\)$", r"\1=\3,\2=\4"),
-    (GROUPED, lambda match: re.sub("[, ]", "", match[0])),
-]
-
-
-def normalise(text: str) -> str:
-    """One spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
-    if len(text) > MAX_CHARS or max(map(text.count, "([{")) > MAX_BRACKETS or text.count("\\boxed") > 1:
-        raise ValueError("too long, or two answers")
-    text = re.sub("([¼-¾⅐-⅞])", r" \1", re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text))
-    text = unicodedata.normalize("NFKC", text).strip()
-    for pattern, replacement in REWRITES:
-        text = re.sub(pattern, replacement, text)
-    return re.sub(" +", " ", text).strip()
-
-
-# -- values: read by a grammar, computed at points ----------------------------------------------------------------
-
-
-def call(name, base, exponent, argument):
-    """\\log_2 x, \\sin^2 x, \\max(a, b)."""
-    result = COMPUTED[name[1:].replace("arc", "a")](*(argument[1] if type(argument) is tuple else [argument]))
-    return MP.power(result if base is None else result / MP.ln(base), 1 if exponent is None else exponent)
-
-
-# What the words of the grammar compute; all others are structures: (word, [values]).
-COMPUTED = "fadd fsub fmul fdiv fneg sin cos tan cot sec csc asin acos atan acot ln log exp sqrt"
-COMPUTED = {n: getattr(MP, n) for n in (COMPUTED + " radians power fac fac2 binomial floor ceil").split()}
-COMPUTED |= {"call": call, "lg": MP.log10, "abs": abs, "min": min, "max": max, "percent": lambda x: x / 100}
-COMPUTED |= {"start": lambda x: x, "relation": lambda a, sign, b: (sign, [b - a])}
-COMPUTED |= {"root": lambda n, x: MP.sign(x) * abs(x) ** (1 / n) if n % 2 == 1 else x ** (1 / n)}
-COMPUTED |= {"ratio": lambda a, *b: ("ratio", [a / x for x in b]) if len(b) > 1 else a / b[0]}
-COMPUTED |= {"mod": lambda a, n: ("mod", [a % n, n])}
-CONSTANTS = {"i": MP.j, "e": MP.e, "π": MP.pi, "∞": MP.inf, "∅": ("set", [])}
-
-
-def compute(tree, point: dict):
-    """The value of a tree at a point: a number, or (word, [values]) for a list, set, tuple, interval or relation."""
-    if not isinstance(tree, Tree):
-        return point.get(tree, tree)
-    values = [compute(child, point) for child in tree.children]
-    if tree.data in ("fac", "fac2", "binomial") and abs(values[0]) > MAX_WHOLE:
-        raise ValueError("too large")
-    if tree.data == "power" and values[0] != 0 and abs(values[1] * MP.mag(values[0])) > MAX_BITS:
-        raise ValueError("too large")
-    return COMPUTED[tree.data](*values) if tree.data in COMPUTED else (tree.data, values)
-
-
-def values_at_points(a: str, b: str) -> list[tuple]:
-    """Pairs of values at fixed points: j, k … n positive integers, other symbols fractions, once negative."""
-    if re.search(r"(?m)(?<![\\a-zA-Z{])[a-zA-Z]{4}|(?<![_\d])\d+ \.?\d|^\d?\d:[0-5]\d$", a + "\n" + b):
-        raise ValueError("words and numbers side by side are not products, and 11:50 is not a ratio")
-    trees = PARSER.parse(a), PARSER.parse(b)
-    tokens = {token for tree in trees for token in tree.scan_values(bool)}
-    symbols = {token for token in tokens if token.type == "NAME"} - CONSTANTS.keys()
-    MP.prec = BITS if symbols else BITS_REAL if re.search(r"[ei√π]|\\(?!frac|[{}])", a + b) else BITS_WHOLE
-    known = CONSTANTS | {token: MP.mpf(token) for token in tokens if token.type in ("NUMBER", "DIGIT")}
-    pairs = []
-    for trial in range(5 if symbols else 1):
-        MP.trap_complex = trial == 4  # √(a²b) is a√b for lengths: nothing complex where they are negative
-        try:
-            point = known | {name: sample(name, trial) for name in symbols}
-            pairs.append(tuple(compute(tree, point) for tree in trees))
-        except (ZeroDivisionError, ValueError):
-            continue  # not defined here
-    return pairs
-
-
-def sample(name: str, trial: int):
-    """A value for a symbol, in general position: on a grid x + y would be x_1 + x_2."""
-    scattered = zlib.crc32(f"{name} {trial}".encode())
-    fraction = MP.mpf(scattered % 997 + 500) / (1000 if trial < 4 else -1000)
-    return MP.mpf(scattered % 11 + 2) if name[0] in "jklmnN" else fraction
-
-
-# -- equal: the same value, part by part --------------------------------------------------------------------------
-
-
-def close(x, y) -> bool:
-    """Equal to the precision of the numbers."""
-    if x == y or MP.isinf(x) or MP.isinf(y):
-        return x == y
-    size = max(abs(x), abs(y), 1)
-    if MP.prec > BITS and not MP.mag(size) < MP.prec - 100:
-        raise ValueError("too large to tell it from its neighbours")
-    return abs(x - y) <= MP.ldexp(size, 100 - MP.prec)
-
-
-def agree(a, b) -> bool:
-    """Whether two values are the same: lists and sets in any order, everything else in order."""
-    if type(a) is not tuple or type(b) is not tuple:
-        return type(a) is not tuple and type(b) is not tuple and close(a, b)
-    (kind, items), (other, rest) = a, b
-    if {kind, other} <= {"list", "set"}:  # each as often here as there
-        return all(sum(agree(x, y) for y in items) == sum(agree(x, y) for y in rest) for x in items + rest)
-    return kind == other and len(items) == len(rest) and all(map(agree, items, rest))
-
-
-def is_rounding(decimal: str, value) -> bool:
-    """0.33 of a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
-    match = re.fullmatch(r" ?-?(?:\d*\.(\d\d+)|\d\d+\.(\d)) ?", decimal)
-    if not match or MP.im(value) != 0 or close(value * 10**100, MP.nint(value * 10**100)):
-        return False
-    return abs(value - MP.mpf(decimal.strip())) * 2 * 10 ** len(match[1] or match[2]) <= 1
-
-
-UNITS = "cm centimeter, m meter, km kilometer, in inch inche, ft feet, g gram, s second, h hour, $ dollar usd"
-UNITS = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
-
-
-# Neither a bound nor a magnitude is a unit.
-BOUND = r"[,<>=]|(?i:not|than|least|most|more|less|fewer|to|hundred|thousand|dozen|illion|tenths|dths)\b"
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    """An answer without its unit, and the unit in one spelling: square centimeters → cm^2."""
-    match = re.fullmatch(r'([$€£]?)(.*?[^" ]) *((?:"(?:[^"\d]|\^[{-]*\d)*"(?:\^[{-]*\d\}?)?[ */]*)*)', text)
-    if not match or re.search(BOUND, match[3]):
-        return text, ""
-    words = re.sub(r"(?:square|sq) (\w+)", r"\1^2", match[1] + match[3].lower().replace(" per ", "/"))
-    words = [UNITS.get(word) or word.removesuffix("s") for word in re.findall(r"\w+|[^\w\s\"{}.]", words)]
-    return match[2], "" if "unit" in words else "".join(UNITS.get(word, word) for word in words)
-
-
-def stated(text: str) -> str:
-    """What a relation states: 5 of x = y = 5, x^2 of f(x) = x^2, 1023 of 2^{10} − 1 = 1023, (-∞,2) of x<2."""
-    *names, value = text.split("=")
-    # A name has no digits and sums, except in subscripts; x = 2x + 1 states nothing.
-    names = [n for n in names if not re.fullmatch(rf"(\\frac|{NAME}|[(){{}}, \"])+", n) or n.strip() in value]
-    text = value if all(equal(value, name) for name in names) else text
-    match = re.fullmatch(rf"(?=.*[<≤])(?:([^<≤]*)([<≤]))? ?{NAME} ?(?:([<≤])([^<≤]*))?", text)
-    low, left, right, high = match.groups() if match else [None] * 4
-    return f"{'(['[left == '≤']}{low or '-∞'},{high or '∞'}{')]'[right == '≤']}" if match else text
-
-
-def equal(a: str, b: str) -> bool:
-    """Whether normalised `a` is right where normalised `b` is the reference."""
-    names = re.findall(r"(?<![^,]) ?([a-zA-Z]) ?=", f"{a},{b}")
-    if bool(re.search("[=<≤]", a)) != bool(re.search("[=<≤]", b)):  # each of a list
-        a, b = (",".join(map(stated, [t] if re.search(r"[(\[]|begin", t) else t.split(","))) for t in (a, b))
-    if names[1:] and names == sorted(set(names)):  # x=1,y=2 is (1,2): as the names, so the order
-        a, b = f"({a})", f"({b})"
-    (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
-    if unit_a and unit_b and unit_a != unit_b:
-        return False
-    pairs = values_at_points(a, b)
-    x, y = pairs[0]
-    if type(x) is type(y) is tuple and x[0] == y[0] and x[0] in ("=", "<", "≤"):  # 2y = 4x + 6 is y − 2x = 3
-        (u, v), sign = (x[1][0], y[1][0]), x[0]
-        same = len(pairs) > 1 and not close(u, 0) and all(close(p[1][0] * v, q[1][0] * u) for p, q in pairs)
-        return same and not close(v, 0) and (sign == "=" or u / v > 0)
-    if all(agree(x, y) for x, y in pairs):
-        return True
-    if ("%" in a) != ("%" in b):  # 50% is 0.5 and also 50
-        return close(x * 100, y) if "%" in a else close(x, y * 100)
-    return len(pairs) == 1 and type(x) is not tuple and is_rounding(b, x)
-
-
-# -- the verdict --------------------------------------------------------------------------------------------------
-
-CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+(?!"? *(?:,|\([A-E]\)))"? *(.*)|"?)', re.IGNORECASE)
-BESIDE = r"(?i)\b[a-e]\b|,(?![^(\[]*[)\]])"  # another letter, or an alternative outside of brackets
-# Rather than a product of letters: quoted, or four letters, or three with a capital.
-WORD = re.compile(r"""(?=.*("|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))["A-Za-z .'-]+""")
-
-
-def same_choice(answer: str, letter: str, content: str | None) -> bool:
-    """The letter, alone or with its content, or, where that is not known, with any one."""
-    chosen = CHOICE.fullmatch(answer)
-    same = bool(chosen) and chosen[1].upper() == letter
-    return same and (not chosen[2] or is_equal(chosen[2], content or re.sub(BESIDE, "", chosen[2])))
-
-
-def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -> tuple[bool, str]:
-    """The verdict, and how it was reached: by_number, by_string, by_value, or refused."""
-    answer, reference = answer.strip(), reference.strip()
-    if all(re.fullmatch(r"0|-?[1-9]\d*", text) for text in (answer, reference)):
-        return answer == reference, "by_number"
-    try:
-        a, b = normalise(answer), normalise(reference)
-        if a and len({re.sub(r'(?<![\d ."])[ ."]+|[ ."]+(?![\d ."])', "", text) for text in (a, b)}) == 1:
-            return True, "by_string"
-        if (option := CHOICE.fullmatch(b)) and option[1].isupper():
-            if choices and not CHOICE.fullmatch(a):  # the content of this letter, and of no other
-                return [key for key in choices if is_equal(answer, choices[key])] == [option[1]], "by_string"
-            return same_choice(a, option[1], (choices or {}).get(option[1], option[2])), "by_string"
-        if WORD.fullmatch(a) or WORD.fullmatch(b):
-            return re.sub(r"[^a-z]", "", a.lower()) == re.sub(r"[^a-z]", "", b.lower()), "by_string"
-        return equal(a, b), "by_value"
-    except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError, LarkError):
-        return answer == reference != "", "refused"
-
-
-def is_equal(answer: str, reference: str, choices: dict[str, str] | None = None) -> bool:
-    """Whether a careful human grader would accept `answer` for `reference`. Deterministic, never raises."""
-    return decide(answer, reference, choices)[0]
-
-
-# ORZ's five; it counts them case-sensitively and so misses "Wait,".
-REFLECTION = ("wait,", r"recheck[,\s]", "retry", "alternatively,", "however,")
+# ORZ's five reflection patterns. ORZ counts them case-sensitively and so misses "Wait,".
+REFLECTION = {
+    "wait": "wait,",
+    "recheck": r"recheck[,\s]",
+    "retry": "retry",
+    "alternatively": "alternatively,",
+    "however": "however,",
+}
 
 
 def response_stats(response: str) -> dict[str, float]:
-    """Counts of ORZ's reflection patterns, 1.0 for the thinking format, and the share of repeated 8-word windows."""
-    words, lower = response.split(), response.lower()
-    windows = list(zip(*(words[start:] for start in range(8)), strict=False))
-    stats = {re.match("[a-z]+", pattern)[0]: float(len(re.findall(pattern, lower))) for pattern in REFLECTION}
-    stats["think_format"] = float("</answer>" in response.partition("</think>")[2].partition("<answer>")[2])
-    return stats | {"repetition": 1 - len(set(windows)) / len(windows) if windows else 0.0}
+    """Returns counts of the reflection patterns, think_format and repetition.
 
-
-# -- Grader: a pool of processes ----------------------------------------------------------------------------------
+    think_format is 1.0 if `</think>` is followed by a complete answer block. repetition is the share of windows of
+    8 words that occur again in the response.
+    """
+    lower = response.lower()
+    stats = {}
+    for name, pattern in REFLECTION.items():
+        stats[name] = float(len(re.findall(pattern, lower)))
+    _, _, after_think = response.partition("</think>")
+    _, _, after_answer = after_think.partition("<answer>")
+    stats["think_format"] = float("</answer>" in after_answer)
+    words = response.split()
+    windows = [tuple(words[start : start + 8]) for start in range(len(words) - 7)]
+    distinct_share = len(set(windows)) / max(1, len(windows))
+    stats["repetition"] = 1 - distinct_share if windows else 0.0
+    return stats
 
 
 class Grader:
-    """A pool of grading processes: `submit` returns a Future of the reward, 1.0 or 0.0, and of how it was reached: cut_off,
-    no_answer, by_string, by_number, by_value, refused, timed_out (CPU time), backstop (wall clock), crashed (twice).
+    """A pool of grading processes.
 
-    Processes are plain `python reward.py`, each used by one thread at a time: nothing of the parent (Ray, torch,
-    its __main__) is inherited or imported, and the clock of an item starts when its process starts it. They end
-    with the Grader, or with the process that has it.
+    A request is one JSON object on a line with a "kind", and a reply is one JSON line [result, outcome]:
+
+        {"kind": "grade", "answer": …, "reference": …, "choices": …}    whether the answer equals the reference
+        {"kind": "readable", "text": …}                                 whether the text can be read as an answer
+
+    Where a process gives no reply, the result is False and the outcome is timed_out (CPU time), backstop (wall-clock
+    time) or crashed (twice); the next request then starts another process. Each process is used by one thread at a
+    time. It inherits and imports nothing of the parent (Ray, torch, its __main__). Processes end with the Grader, or
+    with the process that has it.
     """
 
     def __init__(self, num_processes: int = 2):
         self.threads = ThreadPoolExecutor(num_processes)
-        self.idle = deque([None] * num_processes)  # that wait for an item; None is yet to be started
+        self.idle = deque(
+            [None] * num_processes
+        )  # processes that wait for a request; None is yet to be started
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
-        """Grade one response by ORZ's rule: 1.0 only if generation stopped by itself and the boxed answer is right."""
+        """Grades one response by ORZ's rule. Returns a Future of (correct: bool, outcome: str).
+
+        choices maps the letters of a multiple-choice question to their contents. Outcomes besides those of a process
+        without a reply: cut_off, no_answer, by_string, by_number, by_value, refused (not read, or too large).
+        """
         return self.threads.submit(self._grade, response, reference, finish_reason, choices)
 
     def readable(self, text: str) -> Future:
-        """Returns a Future of (readable: bool, outcome: str): whether a text can be read as a reference."""
-        return self.threads.submit(self._readable, text)
+        """Returns a Future of (readable: bool, outcome: str): as a value, as words, as a choice, or unread."""
+        request = {"kind": "readable", "text": text}
+        return self.threads.submit(self._request, request)
 
-    def _readable(self, text: str) -> tuple[bool, str]:
-        _, outcome = self._ask(json.dumps(["0", text, None]))
-        return outcome in ("by_number", "by_string", "by_value"), outcome
+    def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[bool, str]:
+        if finish_reason != "stop":
+            return False, "cut_off"
+        answer = extract_answer(response)
+        if not answer:
+            return False, "no_answer"
+        request = {"kind": "grade", "answer": answer, "reference": reference, "choices": choices}
+        return self._request(request)
 
-    def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[float, str]:
-        answer = extract_answer(response) if finish_reason == "stop" else ""
-        nothing = False, "no_answer" if finish_reason == "stop" else "cut_off"
-        request = json.dumps([answer, reference, choices])
-        verdict, outcome = self._ask(request) if answer else nothing
-        if outcome == "crashed":  # perhaps it was killed from outside: once more, in a new process
-            verdict, outcome = self._ask(request)
-        return float(verdict), outcome
+    def _request(self, request: dict) -> tuple[bool, str]:
+        """A process that crashed may have been killed from outside: ask once more, in a new process."""
+        result, outcome = self._ask(request)
+        if outcome == "crashed":
+            result, outcome = self._ask(request)
+        return result, outcome
 
-    def _ask(self, request: str) -> tuple[bool, str]:
-        """The verdict of a process. One that gives none is ended here, and the next item starts another."""
-        process, ready = self.idle.pop(), True
+    def _ask(self, request: dict) -> tuple[bool, str]:
+        process = self.idle.pop()
+        if process is None or process.poll() is not None:
+            command = [sys.executable, __file__]
+            process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, process_group=0)
+        ready = True
         try:
-            if process is None or process.poll() is not None:
-                process = Popen([sys.executable, __file__], 0, None, PIPE, PIPE, process_group=0)
-            process.stdin.write(request.encode() + b"\n")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
             ready = select.select([process.stdout], [], [], WALL_SECONDS)[0]
-            return json.loads(process.stdout.readline() if ready else "")
+            return tuple(json.loads(process.stdout.readline() if ready else ""))
         except (BrokenPipeError, json.JSONDecodeError):
-            process.kill()  # does nothing if it has died
-            silent = "crashed" if ready else "backstop"
-            return False, "timed_out" if process.wait() == -signal.SIGPROF else silent
+            process.kill()  # does nothing if the process has died
+            if process.wait() == -signal.SIGPROF:
+                return False, "timed_out"
+            return False, "crashed" if ready else "backstop"
         finally:
             self.idle.append(process)
 
 
-if __name__ == "__main__":  # one process of the pool: items in as JSON lines, verdicts out
+def serve():
+    """Runs one process of the pool: requests in as JSON lines, replies out."""
+    import equality
+
+    for line in sys.stdin:
+        signal.setitimer(
+            signal.ITIMER_PROF, CPU_SECONDS
+        )  # unhandled, SIGPROF ends the process, even inside C
+        request = json.loads(line)
+        if request["kind"] == "grade":
+            reply = equality.decide(request["answer"], request["reference"], request["choices"])
+        else:
+            how = equality.how_read(request["text"])
+            reply = how != "", how or "unread"
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, however that ends
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # unhandled, SIGPROF ends it, even inside C
-        print(json.dumps(decide(*json.loads(line))), flush=True)
+    serve()

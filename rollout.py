@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configs.load import context_tokens
+
 
 @dataclass
 class Response:
@@ -54,7 +56,7 @@ class Rollout:
                 trust_remote_code=cfg.trust_remote_code,
                 tensor_parallel_size=cfg.tensor_parallel,
                 distributed_executor_backend="external_launcher",
-                max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
+                max_model_len=context_tokens(cfg),
                 max_num_seqs=cfg.max_num_seqs,
                 max_num_batched_tokens=cfg.max_num_batched_tokens,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
@@ -70,8 +72,8 @@ class Rollout:
         self.end_tokens = end_tokens(path)
         self.model = self.llm.apply_model(lambda model: model)[0]
 
-    def generate(self, requests, seed, temperature, top_p):
-        """Sample one response for each prompt of `requests` (lists of token ids), engine-wide.
+    def generate(self, requests, seed, temperature, top_p, max_tokens):
+        """Sample one response of at most max_tokens for each prompt of `requests` (lists of token ids), engine-wide.
 
         Yields a Response as each one ends, while others go on.
         """
@@ -86,7 +88,7 @@ class Rollout:
             temperature=temperature,
             top_p=top_p,
             top_k=-1,
-            max_tokens=self.cfg.max_response_tokens,
+            max_tokens=max_tokens,
             stop=list(self.cfg.stop),
             include_stop_str_in_output=True,
             stop_token_ids=self.end_tokens,

@@ -31,10 +31,13 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from configs.load import ROOT, UserError
+from configs.load import ROOT, UserError, eval_response_tokens, has_critic, has_reference
+from data.models import safetensors_header
 from log import installed, sample_line
 from reward import Grader, response_stats
 from tools import gpu_machine
+
+START_SECONDS = 300  # until every Worker must have answered; the slowest disks need a minute
 
 
 def fits_beside_vllm(cfg, num_learned, free, total):
@@ -60,13 +63,20 @@ def learned_networks(cfg):
     if cfg.eval_only:
         return {}
     networks = {"policy": cfg.model}
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         networks["critic"] = cfg.critic_model
     return networks
 
 
+def saved_networks(cfg):
+    """The networks of a checkpoint: those that learn, and a reference model that follows the policy."""
+    follows = has_reference(cfg) and cfg.update_ref_every > 0
+    return [*learned_networks(cfg), *(["reference"] if follows else [])]
+
+
 # The modules that a Worker imports, and what these import of the project.
-MODULES = """workers ppo rollout model reward packing log configs.load data.load data.models tools.gpu_machine""".split()
+MODULES = """workers ppo rollout model reward equality packing log configs.load data.load data.models
+    tools.gpu_machine""".split()
 
 
 def own_code():
@@ -78,12 +88,6 @@ def own_code():
     return code
 
 
-def checkpoints(cfg):
-    """The complete checkpoints of a run: step → folder."""
-    folders = Path(cfg.out_dir, cfg.name, "checkpoints").glob("step_*[0-9]")
-    return {int(folder.name.removeprefix("step_")): str(folder) for folder in folders}
-
-
 class Stopped(Exception):
     """A signal asked the run to end, and the networks are those of the last finished step."""
 
@@ -93,14 +97,25 @@ class PhaseTimeout(Exception):
 
 
 class StopRequest:
-    """Whether a signal has asked the run to end. The first one is noted, a second one ends the process at once."""
+    """Whether a signal has asked the run to end. The first one is noted, a second one ends the process at once.
+
+    SIGHUP comes when the terminal closes. A signal that was ignored when the run started stays ignored: nohup does that
+    with SIGHUP, and a shell with SIGINT for what runs in its background.
+    """
 
     def __init__(self):
         self.signal = None  # a signal.Signals
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.heeded = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+
+    def shield_children(self):
+        """Call this before Ray starts processes. They inherit that SIGHUP is ignored, and outlive the terminal: the
+        Workers hold the networks, which are still to be saved."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def listen(self):
         """Call this after ray.init, which installs handlers of its own."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.heeded:
             signal.signal(signum, self.note)
 
     def note(self, signum, _):
@@ -110,6 +125,14 @@ class StopRequest:
             ray.shutdown()
             os._exit(128 + signum)
         self.signal = signal.Signals(signum)
+
+
+@dataclass
+class Cluster:
+    """The Ray cluster that the driver has joined or started."""
+
+    has_gpus: bool
+    session_dir: str  # Ray's folder on this machine, with its logs
 
 
 # ---- One GPU -----------------------------------------------------------------------------------------------------
@@ -124,6 +147,7 @@ class Request:
     seed: int
     temperature: float
     top_p: float
+    max_tokens: int  # of a response
 
 
 class Worker:
@@ -147,9 +171,11 @@ class Worker:
         return own_code()
 
     def gpu_memory(self):
-        """GiB of this Worker's GPU."""
+        """GiB of this Worker's GPU. Raises RuntimeError, naming the node, where torch does not see it."""
+        import ray
         import torch
 
+        gpu_machine.check_worker(ray.util.get_node_ip_address())
         return torch.cuda.get_device_properties(self.gpu_index()).total_memory / 2**30
 
     def gpu_index(self):
@@ -181,7 +207,7 @@ class Worker:
         else:
             dtype = getattr(torch, cfg.dtype)
         networks = learned_networks(cfg)
-        if cfg.kl_coef:
+        if has_reference(cfg):
             networks["reference"] = cfg.model
         self.learners = {}
         num_learned = 0
@@ -193,7 +219,11 @@ class Worker:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             self.learners_stay_on_gpu = fits_beside_vllm(cfg, num_learned, free, total)
-        self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
+        try:
+            self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
+        except Exception as error:
+            # Some of vLLM's exceptions cannot be pickled: the driver would see only that.
+            raise RuntimeError(f"vLLM does not start: {error}") from None
         self.gpu_owner = "rollout"  # It has read the policy's weights from the same folder.
         graders = os.cpu_count() * cfg.tensor_parallel // cfg.workers
         self.grader = Grader(max(1, min(graders, 8)))
@@ -269,11 +299,10 @@ class Worker:
             raise RuntimeError("vLLM is asleep: it generates after a sync only")
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
-        samples, verdicts = (
-            {},
-            {},
-        )  # place in `prompts` → what belongs there; an interrupted engine leaves places out
-        for response in self.rollout.generate(prompt_ids, request.seed, request.temperature, request.top_p):
+        samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
+        verdicts = {}  # place in `prompts` → a Future of (correct, outcome)
+        sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
+        for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]
             samples[response.index] = Sample(
                 prompt_index=prompt_index,
@@ -311,6 +340,11 @@ class Worker:
         self.give_gpu_to(kind)
         metrics = self.learners[kind].update(batch, plans, step, kl_plan)
         return metrics if self.rank == 0 else None
+
+    def update_reference(self):
+        """Give the reference model the policy's weights."""
+        self.give_gpu_to("policy")
+        self.learners["reference"].copy_weights(self.learners["policy"])
 
     def sync(self):
         """Send the policy's weights to vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
@@ -359,13 +393,13 @@ class Worker:
 class WorkerGroup:
     """The driver's side of the Workers. Each method makes the same call on all of them and waits for the results."""
 
-    def __init__(self, cfg, log, on_gpu, stop_request):
+    def __init__(self, cfg, log, cluster, stop_request):
         import ray
 
-        self.cfg, self.log, self.on_gpu, self.stop_request = cfg, log, on_gpu, stop_request
+        self.cfg, self.log, self.cluster, self.stop_request = cfg, log, cluster, stop_request
         self.ray = ray
         self.step = 0  # the last finished one
-        self.at_step_boundary = True  # whether the learners are those of that step
+        self.networks_step = 0  # the step after which the learners are as they are; None during updates
         self.seconds = {}  # of each phase since the last take_seconds()
         self.longest_seconds = {}  # the longest that each phase has taken
 
@@ -376,7 +410,7 @@ class WorkerGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         remove_leftover_segments()
-        cfg, resource = self.cfg, "GPU" if self.on_gpu else "CPU"
+        cfg, resource = self.cfg, "GPU" if self.cluster.has_gpus else "CPU"
         # One bundle per engine: a tensor-parallel group sits on one node, and all bundles are reserved together.
         bundles = [{resource: cfg.tensor_parallel}] * (cfg.workers // cfg.tensor_parallel)
         group = self.ray.util.placement_group(bundles, strategy="PACK")
@@ -389,16 +423,32 @@ class WorkerGroup:
         self.handles = []
         for rank in range(cfg.workers):
             options = {
-                "num_gpus": 1 if self.on_gpu else 0,
-                "num_cpus": 0 if self.on_gpu else 1,
-                "runtime_env": {"env_vars": worker_environment(cfg, self.on_gpu)},
+                "num_gpus": 1 if self.cluster.has_gpus else 0,
+                "num_cpus": 0 if self.cluster.has_gpus else 1,
+                "runtime_env": {"env_vars": worker_environment(cfg, self.cluster.has_gpus)},
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=rank // cfg.tensor_parallel
                 ),
             }
             self.handles.append(actor.options(**options).remote(cfg, rank))
-        self.addresses = self.watch("address")  # (node, free port) of each
+        self.addresses = self.first_answers()
         self.check_code()
+
+    def first_answers(self):
+        """(node, free port) of each Worker. Raises where they do not start, with the last that Ray's own log says."""
+        refs = [handle.address.remote() for handle in self.handles]
+        try:
+            return self.ray.get(refs, timeout=START_SECONDS)
+        except self.ray.exceptions.GetTimeoutError:
+            reason = f"no answer from all {len(refs)} Workers within {START_SECONDS} s"
+            raise RuntimeError(
+                f"{reason}; Ray's log says: {last_line_of_logs(self.cluster.session_dir)}"
+            ) from None
+        except self.ray.exceptions.RayActorError as error:
+            if "never ran" not in str(error):
+                raise
+            way_out = "start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…, or set RAY_AUTH_MODE=disabled here"
+            raise UserError(f"the Ray cluster was started without this run's token: {way_out}") from error
 
     def check_code(self):
         """Raises UserError unless all Workers run this process's code: another reward.py would give other rewards."""
@@ -419,29 +469,32 @@ class WorkerGroup:
         saved = checkpoints(self.cfg)
         self.step = max(saved, default=0) if step is None else step
         if self.step:
-            for kind in reversed(
-                learned_networks(self.cfg)
-            ):  # the policy last, as in a step: sync comes next
+            for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, saved[self.step])
             self.sync()
+        self.networks_step = self.step  # sync has counted one on
         self.seconds = {}
 
     # -- Phases of a step, in their order
 
     def generate(self, prompts, num_samples, step):
         """num_samples graded Samples for each of `prompts`, in the order of the prompts, to be trained on."""
-        return self.sample("generate", prompts, num_samples, step, self.cfg.temperature, self.cfg.top_p)
+        cfg = self.cfg
+        sampling = (cfg.temperature, cfg.top_p, cfg.max_response_tokens)
+        return self.sample("generate", prompts, num_samples, step, *sampling)
 
     def evaluate(self, prompts, num_samples, step):
         """As generate, with the settings of evaluation, to be measured."""
-        return self.sample("eval", prompts, num_samples, step, self.cfg.eval_temperature, self.cfg.eval_top_p)
+        cfg = self.cfg
+        sampling = (cfg.eval_temperature, cfg.eval_top_p, eval_response_tokens(cfg))
+        return self.sample("eval", prompts, num_samples, step, *sampling)
 
-    def sample(self, phase, prompts, num_samples, step, temperature, top_p):
+    def sample(self, phase, prompts, num_samples, step, temperature, top_p, max_tokens):
         requests = []
         for engine, hand in enumerate(deal_prompts(prompts, self.cfg.workers // self.cfg.tensor_parallel)):
             # All ranks of an engine are seeded alike: else they would sample different tokens, with no error at all.
             seed = int(rng_for(self.cfg.seed, step, phase, engine).integers(2**31))
-            requests.append(Request(hand, num_samples, seed, temperature, top_p))
+            requests.append(Request(hand, num_samples, seed, temperature, top_p, max_tokens))
         refs = []
         for rank, handle in enumerate(self.handles):
             refs.append(handle.generate.remote(requests[rank // self.cfg.tensor_parallel]))
@@ -458,7 +511,7 @@ class WorkerGroup:
         return self.call("old_logprobs", "forward", "policy", batch, plan, interruptible=True)[0]
 
     def ref_logprobs(self, batch, plan):
-        """log π_ref(a_t|s_t), fp32 [N]: of the base model."""
+        """log π_ref(a_t|s_t), fp32 [N]: of the reference model."""
         return self.call("ref_logprobs", "forward", "reference", batch, plan, interruptible=True)[0]
 
     def values(self, batch, plan):
@@ -467,23 +520,28 @@ class WorkerGroup:
 
     def update(self, kind, batch, plans, kl_plan=None):
         """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
-        self.at_step_boundary = False
+        self.networks_step = None
         return self.call(kind, "update", kind, batch, plans, self.step + 1, kl_plan)[0]
 
-    def sync(self):
-        """Send the policy's weights to all vLLM engines, proved complete."""
-        self.call("sync", "sync")
+    def update_reference(self):
+        """Make the reference model equal to the policy."""
+        self.call("update_reference", "update_reference")
 
-    def finish_step(self, step):
-        self.step = step
-        self.at_step_boundary = True
+    def sync(self):
+        """Send the policy's weights to all vLLM engines, proved complete. It ends the updates of a step."""
+        self.call("sync", "sync")
+        self.networks_step = self.step + 1
+
+    def finish_step(self):
+        """The step is logged and evaluated: from here on a run may stop and go on."""
+        self.step = self.networks_step
 
     # -- Out
 
     def save(self):
         """Write checkpoints/step_N atomically: into a folder beside it, which is then renamed."""
-        folder = f"{self.log.dir}/checkpoints/step_{self.step}"
-        if self.step == 0 or os.path.exists(folder):
+        folder = f"{self.log.dir}/checkpoints/step_{self.networks_step}"
+        if self.networks_step == 0 or os.path.exists(folder):
             return
         size = 12 * self.num_parameters  # fp32 weights and AdamW's two averages
         free = shutil.disk_usage(self.log.dir).free
@@ -491,7 +549,7 @@ class WorkerGroup:
             raise OSError(f"a checkpoint takes {size:,} bytes, but {self.log.dir} has {free:,} left")
         shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
         os.makedirs(f"{folder}.tmp")
-        for kind in learned_networks(self.cfg):
+        for kind in saved_networks(self.cfg):
             self.call("save", "save", kind, f"{folder}.tmp")
         shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()
@@ -542,7 +600,7 @@ class WorkerGroup:
                 results |= zip(done, self.results_of(done))
                 seconds = time.monotonic() - start
                 bar.update(task, completed=seconds)
-                if self.stop_request.signal and interruptible and self.at_step_boundary:
+                if self.stop_request.signal and interruptible and self.networks_step == self.step:
                     self.watch("interrupt")
                     if not pending:
                         raise Stopped
@@ -611,6 +669,49 @@ def worker_environment(cfg, on_gpu):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // cfg.workers))
     return environment
+
+
+def last_line_of_logs(session_dir):
+    """The last line that says something, of those logs of Ray's on this machine that tell why processes do not start."""
+    for pattern in ("raylet.err", "worker-*.err", "gcs_server.err", "raylet.out"):
+        for file in sorted(Path(session_dir, "logs").glob(pattern)):
+            lines = file.read_text(errors="replace").split("\n")
+            lines = [line for line in lines if line.strip()]
+            if lines:
+                return f"{lines[-1].strip()[:300]} ({file})"
+    return f"nothing ({session_dir}/logs)"
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+def checkpoints(cfg):
+    """The checkpoints of a run: step → folder."""
+    folders = Path(cfg.out_dir, cfg.name, "checkpoints").glob("step_*[0-9]")
+    return {int(folder.name.removeprefix("step_")): str(folder) for folder in folders}
+
+
+def newest_whole_checkpoint(cfg, log):
+    """The step of the newest checkpoint without a fault, 0 where there is none. Newer ones are named and left alone."""
+    saved = checkpoints(cfg)
+    for step in sorted(saved, reverse=True):
+        fault = checkpoint_fault(saved[step], cfg)
+        if fault is None:
+            return step
+        log.say(f"the checkpoint of step {step} is damaged and not used: {fault}")
+    return 0
+
+
+def checkpoint_fault(folder, cfg):
+    """What is wrong with the files of a checkpoint; None where they are whole."""
+    for kind in saved_networks(cfg):
+        for rank in range(cfg.workers):
+            file = f"{folder}/{kind}_{rank}.safetensors"
+            try:
+                safetensors_header(file)
+            except (OSError, ValueError) as error:
+                return f"{file} {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def remove_leftover_segments():

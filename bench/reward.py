@@ -27,10 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import test_cheating  # noqa: E402
 from math_verify import parse, verify  # noqa: E402
 from reward_pairs import PAIRS  # noqa: E402
 from sympy.parsing.latex import _parse_latex_antlr  # noqa: E402
 
+import equality  # noqa: E402
 import reward  # noqa: E402
 
 LIMIT = 5.0  # CPU seconds a pair may take in any system; then it counts as False, and as timed out
@@ -92,7 +94,7 @@ def math_verify(answer, reference):
     return verify(gold, mine)
 
 
-SYSTEMS = {"this": reward.is_equal, "math-verify": math_verify, "orz": orz}
+SYSTEMS = {"this": equality.is_equal, "math-verify": math_verify, "orz": orz}
 
 
 # -- measurement -------------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def by_stage():
     """Times of this grader by the stage that decides."""
     times = {}
     for pair in (pair for pairs in PAIRS.values() for pair in pairs):
-        (_, stage), ms = limited(reward.decide, pair[0], pair[1])
+        (_, stage), ms = limited(equality.decide, pair[0], pair[1])
         times.setdefault(stage, []).append(ms)
     times["string or number"] = times["by_string"] + times["by_number"]
     return {stage: milliseconds(values) for stage, values in sorted(times.items())}
@@ -164,10 +166,10 @@ def parsers(references):
     from latex2sympy2_extended import latex2sympy
 
     def own(text):
-        text = reward.normalise(text)
-        if reward.WORD.fullmatch(text) or reward.CHOICE.fullmatch(text):
+        text = equality.normalise(text)
+        if equality.WORD.fullmatch(text) or equality.CHOICE.fullmatch(text):
             return True
-        return bool(re.fullmatch(r"\d+_-?\d+|\d?\d:[0-5]\d", text)) or reward.equal(text, text)
+        return bool(re.fullmatch(r"\d+_\{-?\d+\}|\d?\d:[0-5]\d", text)) or equality.equal(text, text)
 
     readers = {"this": own, "latex2sympy2_extended": latex2sympy, "sympy.parse_latex": sympy_latex}
     results = {}
@@ -178,6 +180,37 @@ def parsers(references):
             [ms for _, ms in outcomes]
         )
     return results
+
+
+def constant_answers(references):
+    """The reward that a policy earns which gives one answer to all questions: the best of 100 strings.
+
+    Half of them state no value and are no reference: they must earn nothing. The others are the most frequent
+    references: one earns the share of the references that have its value.
+    """
+    rng = random.Random(0)
+    counts = Counter(reference.strip() for reference in references)
+    strings = [r"\mbox{ }", r"\mathrm{-}", r"\text{frac}", r"x=\infty", r"x<\infty"]
+    strings = (strings + [test_cheating.without_value(rng) for _ in range(300)])[:300]
+    strings = [text for text in strings if text.strip() not in counts][:50]
+
+    def earned(answer):
+        return sum(n for reference, n in counts.items() if equality.is_equal(answer, reference)) / len(
+            references
+        )
+
+    nothing = {text: earned(text) for text in strings}
+    something = {text: earned(text) for text, _ in counts.most_common(50)}
+    best = max(something, key=something.get)
+    values = {text: test_cheating.plain_value(text)[0] for text in counts}
+    same = sum(n for text, n in counts.items() if text == best or values[text] == values[best] is not None)
+    return {
+        "no_reference_best": max(nothing.values()),
+        "no_reference_answer": max(nothing, key=nothing.get),
+        "reference_best": round(something[best], 4),
+        "reference_answer": best,
+        "same_value_share": round(same / len(references), 4),
+    }
 
 
 def throughput(references, count=8192, processes=2):
@@ -243,13 +276,14 @@ def main():
         "pairs": {name: judge(system) for name, system in SYSTEMS.items()},
         "by_stage": by_stage(),
         "parsers": parsers(sorted(set(references))),
+        "constant_answers": constant_answers(references),
         "throughput": throughput(references),
     }
     (ROOT / "bench/results").mkdir(exist_ok=True)
     (ROOT / "bench/results/reward.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, row in report["pairs"].items():
         print(f"{name:12}", {key: value for key, value in row.items() if key != "kinds"})
-    for part in ("by_stage", "parsers", "throughput"):
+    for part in ("by_stage", "parsers", "constant_answers", "throughput"):
         print(part, json.dumps(report[part], indent=1))
 
 

@@ -39,7 +39,7 @@ phase_timeout = 0.0  # seconds; ends a hung call to the Workers; 0 = 10 x the lo
 # ---- Sampling ----------------------------------------------------------------------------------------------
 prompts_per_step = 128  # questions per step (ORZ, section 2.2) [x > 0]
 samples_per_prompt = 64  # responses per question (ORZ) [x > 0]
-max_prompt_tokens = 2048  # longer questions are dropped, counted and reported (ORZ) [x > 0]
+max_prompt_tokens = 2048  # (ORZ); longer questions are dropped, counted and reported [x > 0]
 max_response_tokens = 8000  # a response cut off here gets reward 0 (ORZ) [x > 0]
 temperature = 1.0  # of sampling; the learner uses it too (ORZ) [0.01 <= x <= 100]
 top_p = 1.0  # nucleus; below 1 vLLM and policy differ by design: needs drift_limit=-1 (ORZ: 1) [0 < x <= 1]
@@ -54,15 +54,35 @@ critic_lr = 5e-6  # (ORZ) [0 <= x < 1]
 policy_lr_final = 3e-7  # where its rate ends if lr_decay_steps is set (ORZ-32B's second stage) [0 <= x < 1]
 lr_decay_steps = 0  # policy updates until then, linearly; 0 = constant (ORZ) [x >= 0]
 adam_betas = [0.9, 0.95]  # decay of Adam's two averages (ORZ) [len(x) == 2 and 0 <= min(x) <= max(x) < 1]
-warmup_steps = 50  # of each learner's updates; number n uses n / warmup_steps of the rate (ORZ) [x >= 0]
-advantage = "gae"  # with a critic; or "group": GRPO, without one [x in ("gae", "group")]
-policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [x > 0]
-critic_updates_per_step = 12  # on a twelfth of the responses each (ORZ) [x > 0]
-clip_eps = 0.2  # PPO's ε, for both sides of the ratio (ORZ) [0 < x < 1]
-value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
+warmup_steps = 50  # (ORZ) of each learner's updates; number n uses n / warmup_steps of the rate [x >= 0]
+# advantage: "gae" has a critic (ORZ). The others compare the G responses to a question, without one: "dr_grpo" is reward −
+# mean, "grpo" divides that by the deviation, "rloo" takes the mean of the other G − 1, and "reinforce" is dr_grpo, then
+# normalised over all tokens of the batch (ORZ's GRPO arm).
+advantage = "gae"  # see above [x in ("gae", "grpo", "dr_grpo", "rloo", "reinforce")]
+normalise_advantages = True  # those of gae, over all tokens of the batch (ORZ)
 gamma = 1.0  # discount per token (ORZ) [0 <= x <= 1]
-lam = 1.0  # GAE's λ (ORZ) [0 <= x <= 1]
-kl_coef = 0.0  # of a per-token penalty towards the base model; 0 = no reference model (ORZ) [x >= 0]
+lam = 1.0  # GAE's λ for the advantages (ORZ) [0 <= x <= 1]
+critic_lam = 1.0  # λ of the returns that the critic learns (ORZ has one λ for both) [0 <= x <= 1]
+policy_updates_per_step = 1  # 1 = strictly on-policy (ORZ) [x > 0]
+critic_updates_per_step = 12  # (ORZ's paper) on a twelfth of the responses each [x > 0]
+epochs_per_step = 1  # passes over the batch, each of that many updates, of both networks (ORZ) [x > 0]
+critic_warmup_steps = 0  # the first steps, in which only the critic learns; 0 = none (ORZ) [x >= 0]
+clip_eps = 0.2  # PPO's ε, how far the ratio may leave 1 (ORZ) [0 < x < 1]
+clip_eps_high = 0.0  # ε above 1 alone; 0 = clip_eps (ORZ; DAPO: 0.28) [x >= 0]
+value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
+# loss_average: the policy's loss is a mean over all tokens, or over the responses of the mean over each one's tokens
+# (GRPO), or over the responses of the sum over each one's tokens, divided by max_response_tokens (Dr. GRPO).
+loss_average = "token"  # see above [x in ("token", "response", "constant")]
+kl_coef = 0.0  # of a penalty per token, in the reward, towards a reference model; 0 = none (ORZ) [x >= 0]
+kl_loss_coef = 0.0  # of a KL term in the policy's loss; with both 0 there is no reference (ORZ) [x >= 0]
+kl_estimator = "k3"  # of the loss's KL (ORZ); k1's gradient has mean 0 [x in ("k1", "k2", "k3")]
+update_ref_every = 0  # steps after which the reference becomes the policy; 0 = never [x >= 0]
+# vLLM's log-probs differ a little from the policy's. ρ = π / π_vLLM corrects the policy's loss for that, or leaves it out.
+importance_cap = 0.0  # weight min(ρ, this) for each token; 0 = weight 1 (ORZ; TIS: 2) [x == 0 or x >= 1]
+importance_token_band = [0.0, 0.0]  # weight 0 where ρ is outside; 0,0 = off (IcePop: 0.5,5) [len(x) == 2]
+importance_response_band = [0.0, 0.0]  # the same for the geometric mean of a response [len(x) == 2]
+drop_equal_groups = False  # train the policy without questions whose responses all have one reward
+drop_cut_off = False  # train the policy without responses that were cut off
 max_grad_norm = 1.0  # gradients are scaled down to this norm (ORZ) [x > 0]
 on_nonfinite = "stop"  # or "skip", where an update is not finite and left out [x in ("stop", "skip")]
 drift_limit = 0.0  # mean |Δ log-prob| to vLLM that stops the run; 0 = by dtype: 0.001 in fp32, 0.2 in bf16; -1 = off [x == -1 or x >= 0]
@@ -72,6 +92,8 @@ eval_every = 10  # steps; also before the first and after the last; -1 = off [x 
 eval_samples = 16  # responses per held-out question: accuracy is their mean (ORZ's tables: avg@16) [x > 0]
 eval_temperature = 1.0  # (ORZ) [0 < x <= 100]
 eval_top_p = 1.0  # (ORZ) [0 < x <= 1]
+eval_max_response_tokens = 0  # a response is cut off here; 0 = as in training (ORZ-32B: 32768) [x >= 0]
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
 max_restarts = 100  # after the death of a machine or process, from the newest checkpoint [x >= 0]
+samples_every = 1  # steps between the files of samples/ that are kept, hundreds of MB each at ORZ's size; -1 = none [x == -1 or x > 0]
 keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -22,3 +22,4 @@ max_tokens_per_pack = 4096
 critic_updates_per_step = 2
 eval_every = 3
 eval_samples = 1
+eval_max_response_tokens = 0

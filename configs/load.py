@@ -171,6 +171,35 @@ def check_ranges(settings):
             raise UserError(f"{key}={settings[key]!r}: it must be that {rule} ({comment})")
 
 
+# ---- What follows from the settings, for more than one file ------------------------------------------------------
+
+
+def has_critic(cfg):
+    """Whether the advantages need a critic. Nothing else compares the name."""
+    return cfg.advantage == "gae"
+
+
+def has_reference(cfg):
+    """Whether a reference model is loaded, to which the policy is held by a KL term."""
+    return not cfg.eval_only and (cfg.kl_coef > 0 or cfg.kl_loss_coef > 0)
+
+
+def updates_per_step(cfg, kind):
+    """How many updates a learner, "policy" or "critic", makes in a step."""
+    per_epoch = cfg.policy_updates_per_step if kind == "policy" else cfg.critic_updates_per_step
+    return per_epoch * cfg.epochs_per_step
+
+
+def eval_response_tokens(cfg):
+    """The most tokens of a response in evaluation."""
+    return cfg.eval_max_response_tokens or cfg.max_response_tokens
+
+
+def context_tokens(cfg):
+    """The longest sequence that vLLM samples, with its prompt, in training or in evaluation."""
+    return cfg.max_prompt_tokens + max(cfg.max_response_tokens, eval_response_tokens(cfg))
+
+
 # ---- Settings that bind each other -------------------------------------------------------------------------------
 
 
@@ -217,17 +246,59 @@ def check_algorithm(cfg):
     responses = cfg.prompts_per_step * cfg.samples_per_prompt
     batch = f"prompts_per_step={cfg.prompts_per_step} x samples_per_prompt={cfg.samples_per_prompt}"
     updates = {"policy_updates_per_step": cfg.policy_updates_per_step}
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         updates["critic_updates_per_step"] = cfg.critic_updates_per_step
     for key, count in updates.items():
         if count > responses:
             raise UserError(f"{key}={count}: it may be {batch} = {responses} at most, one response an update")
-    if cfg.advantage == "group" and cfg.samples_per_prompt == 1:
-        reason = "it compares the responses to a question, so it needs at least 2"
-        raise UserError(f"advantage='group', samples_per_prompt=1: {reason}")
-    if cfg.advantage == "group" and cfg.kl_coef > 0:
-        reason = "the penalty is part of the rewards per token, which only advantage='gae' uses"
-        raise UserError(f"advantage='group', kl_coef={cfg.kl_coef}: {reason}; give --kl_coef=0")
+    if not has_critic(cfg):
+        check_without_critic(cfg)
+    for key in ("importance_token_band", "importance_response_band"):
+        low, high = getattr(cfg, key)
+        if high and not 0 <= low < 1 < high:
+            raise UserError(f"{key}={low},{high}: a band of ratios must have 1 inside; 0,0 switches it off")
+    if cfg.drop_equal_groups and cfg.samples_per_prompt == 1:
+        reason = "a single response is always equal to itself, so nothing would be left to train on"
+        raise UserError(f"drop_equal_groups=True, samples_per_prompt=1: {reason}")
     if cfg.top_p < 1 and cfg.drift_limit != -1:
         reason = "vLLM samples from a cut distribution, so its log-probs differ from the policy's"
         raise UserError(f"top_p={cfg.top_p}, drift_limit={cfg.drift_limit}: {reason}; give --drift_limit=-1")
+
+
+def check_without_critic(cfg):
+    """Raises UserError where advantages that compare the responses to a question meet a setting of the critic's."""
+    advantage = f"advantage={cfg.advantage!r}"
+    if cfg.samples_per_prompt == 1:
+        reason = "it compares the responses to a question, so it needs at least 2"
+        raise UserError(f"{advantage}, samples_per_prompt=1: {reason}")
+    if cfg.kl_coef > 0:
+        reason = "the penalty is part of the rewards per token, which only advantage='gae' uses"
+        raise UserError(f"{advantage}, kl_coef={cfg.kl_coef}: {reason}; give --kl_coef=0, or --kl_loss_coef")
+    if cfg.critic_warmup_steps > 0:
+        reason = "there is no critic that could learn alone"
+        raise UserError(f"{advantage}, critic_warmup_steps={cfg.critic_warmup_steps}: {reason}; give 0")
+    if not cfg.normalise_advantages:
+        reason = "each of these is normalised as its name says; dr_grpo and rloo are not"
+        raise UserError(f"{advantage}, normalise_advantages=False: {reason}")
+
+
+def without_effect(cfg):
+    """Settings that differ from base.py and change nothing beside the others: a line about each, to be printed."""
+    unused = {}  # setting → why
+    if updates_per_step(cfg, "policy") == 1:
+        for key in ("clip_eps", "clip_eps_high"):
+            unused[key] = "with one policy update a step the ratio is always 1"
+    if not has_reference(cfg):
+        unused["update_ref_every"] = "kl_coef and kl_loss_coef are 0"
+    if cfg.kl_loss_coef == 0:
+        unused["kl_estimator"] = "kl_loss_coef is 0"
+    if not has_critic(cfg):
+        for key in ("gamma", "lam", "critic_lam", "value_clip"):
+            unused[key] = "only advantage='gae' uses it"
+    base = read_file(BASE)
+    lines = []
+    for key, reason in unused.items():
+        value = getattr(cfg, key)
+        if value != base[key]:
+            lines.append(f"{key}={value!r} has no effect: {reason}")
+    return lines

@@ -10,5 +10,10 @@ ORZ reported, avg@16 (arXiv 2503.24290, table 4): AIME 2024 1.0, AIME 2025 0.2, 
 
 model = "Qwen/Qwen2.5-0.5B"
 train_data = ["data/orz/orz_math_57k.json"]
-eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+eval_data = [
+    "data/orz/aime2024.json",
+    "data/orz/aime2025.jsonl",
+    "data/orz/math500.json",
+    "data/orz/gpqa_diamond.json",
+]
 workers = 8

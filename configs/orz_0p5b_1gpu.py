@@ -10,7 +10,12 @@ ORZ released the script (playground/orz_0p5b_ppo_1gpu.py) and reported no scores
 
 model = "Qwen/Qwen2.5-0.5B"
 train_data = ["data/orz/orz_math_57k.json"]
-eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+eval_data = [
+    "data/orz/aime2024.json",
+    "data/orz/aime2025.jsonl",
+    "data/orz/math500.json",
+    "data/orz/gpqa_diamond.json",
+]
 max_tokens_per_pack = 10048
 # At 0.7, a few hundred MiB would decide whether the learners' states stay on the GPU beside vLLM.
 gpu_memory_utilization = 0.65

@@ -11,5 +11,10 @@ ORZ reported, avg@16 (arXiv 2503.24290, table 4): AIME 2024 3.5, AIME 2025 1.0, 
 
 model = "Qwen/Qwen2.5-1.5B"
 train_data = ["data/orz/orz_math_57k.json"]
-eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+eval_data = [
+    "data/orz/aime2024.json",
+    "data/orz/aime2025.jsonl",
+    "data/orz/math500.json",
+    "data/orz/gpqa_diamond.json",
+]
 workers = 16

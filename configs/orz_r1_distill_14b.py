@@ -8,12 +8,21 @@
 683 in each of 12 critic updates. 300 steps x 128 prompts = 38,400 = 3 epochs of 13k questions.
 The paper (appendix B): the 13k mined prompts, everything else as in the other runs, scores of step 300. ORZ's prompt too:
 it opens <think>, as this model is used to; prompt_template="chat" would be the model's own.
+No source gives its lengths: 8,000 is that of ORZ's scripts. This model was made to think for longer; hard questions take it
+more than 8,000 tokens at first, so that in training many responses are cut off (reward 0) and it learns to be shorter, and
+evaluation at 8,000 stays below the scores reported. To train and measure it as ORZ-32B: --max_response_tokens=16384
+--max_tokens_per_pack=18432 --eval_max_response_tokens=32768.
 ORZ reported, avg@16 (table 3): AIME 2024 75.2, AIME 2025 60.0, MATH500 95.6, GPQA Diamond 60.4.
 """
 
 model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
 train_data = ["data/orz/orz_math_13k_hard.json"]
-eval_data = ["data/orz/aime2024.json", "data/orz/math500.json", "data/orz/gpqa_diamond.json"]
+eval_data = [
+    "data/orz/aime2024.json",
+    "data/orz/aime2025.jsonl",
+    "data/orz/math500.json",
+    "data/orz/gpqa_diamond.json",
+]
 workers = 64
 tensor_parallel = 2
 steps = 300

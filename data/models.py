@@ -161,9 +161,16 @@ def read_headers(folder, files, place):
 
 
 def read_header(folder, file, place):
-    """The header of a safetensors file: name → {"dtype", "shape", "data_offsets"}."""
-    path = Path(folder, file)
-    size = path.stat().st_size
+    """As safetensors_header. Raises UserError where the file is not whole."""
+    try:
+        return safetensors_header(Path(folder, file))
+    except ValueError as error:
+        raise UserError(f"{place}: {file} {error}; fetch it again") from None
+
+
+def safetensors_header(path):
+    """The header of a safetensors file: name → {"dtype", "shape", "data_offsets"}. Raises ValueError where it is not whole."""
+    size = os.path.getsize(path)
     try:
         with open(path, "rb") as content:
             (length,) = struct.unpack("<Q", content.read(8))
@@ -173,10 +180,10 @@ def read_header(folder, file, place):
         header.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise UserError(f"{place}: {file} is not a whole safetensors file; fetch it again") from None
+        raise ValueError("is not a whole safetensors file") from None
     expected = 8 + length + max(ends, default=0)
     if size < expected:
-        raise UserError(f"{place}: {file} is cut short, {size:,} of {expected:,} bytes; fetch it again")
+        raise ValueError(f"is cut short, {size:,} of {expected:,} bytes")
     return header
 
 

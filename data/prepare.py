@@ -1,11 +1,12 @@
 """Fetch what the configs train on and are measured on, on a machine with a connection.
 
-    python data/prepare.py orz        ORZ's questions into data/orz/, about 60 MB
+    python data/prepare.py orz        ORZ's questions and AIME 2025 into data/orz/, about 60 MB
     python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
     python data/prepare.py convert openai/gsm8k --question=question --answer=answer --extract=####
                                       what people have into this project's JSONL: see data/convert.py
 
-Fetching from ORZ is *not run*: this was written on a machine without a connection, from the addresses in ORZ's README.
+Fetching from ORZ and from the hub is *not run*: this was written on a machine without a connection, from the addresses in
+ORZ's README and from the names under which other public code fetches AIME 2025.
 tests/test_recipe.py runs everything else: it fetches smaller files of the same form from a server on this machine.
 
 A set is fetched into memory, written beside its place, read by data/load.py (which refuses what is broken or cut
@@ -36,36 +37,57 @@ ORZ_FILES = {  # our name → theirs, how many questions at least and at most; t
 }
 
 
+# The paper measures AIME 2025, but ORZ's repository does not have it. This is a fixed commit of a public data set of the
+# hub: two JSONL files of 15 questions each, AIME I and II.
+AIME2025 = (
+    "https://huggingface.co/datasets/opencompass/AIME2025/resolve/a6ad95f611d72cf628a80b58bd0432ef6638f958"
+)
+AIME2025_FILES = ("aime2025-I.jsonl", "aime2025-II.jsonl")
+AIME2025_NAME = "aime2025.jsonl"  # the name here of both in one
+
+
 def orz():
-    """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte."""
-    for name, (theirs, least, most) in ORZ_FILES.items():
-        fetch(f"{ORZ}/{theirs}", ROOT / "data" / "orz" / name, least, most)
+    """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte; and AIME 2025."""
+    for name in [*ORZ_FILES, AIME2025_NAME]:
+        fetch_named(name)
+
+
+def fetch_named(name):
+    """Fetch one of these files into data/orz/."""
+    place = ROOT / "data" / "orz" / name
+    if name == AIME2025_NAME:
+        urls = [f"{AIME2025}/{theirs}" for theirs in AIME2025_FILES]
+        fetch(urls, place, 30, 30)
+    else:
+        theirs, least, most = ORZ_FILES[name]
+        fetch([f"{ORZ}/{theirs}"], place, least, most)
 
 
 def fetched(path):
     """The data file that a setting names: it is fetched at its first use where it is one of ORZ's in data/orz/."""
     name = os.path.basename(path)
     place = ROOT / "data" / "orz" / name
-    if os.path.exists(path) or name not in ORZ_FILES or str(ROOT / path) != str(place):
+    is_fetched = name in ORZ_FILES or name == AIME2025_NAME
+    if os.path.exists(path) or not is_fetched or str(ROOT / path) != str(place):
         return path
-    theirs, least, most = ORZ_FILES[name]
     try:
-        fetch(f"{ORZ}/{theirs}", place, least, most)
+        fetch_named(name)
     except UserError as error:
         way_out = "with a connection, `python data/prepare.py orz` fetches it"
         raise UserError(f"{path} is not there: {error}; {way_out}") from None
     return str(place)
 
 
-def fetch(url, path, least, most):
-    """Fetch the file `path` from `url`, unless it is there, and say how many questions it holds.
+def fetch(urls, path, least, most):
+    """Fetch the file `path`, which is the files at `urls` one after the other, unless it is there; print its count.
 
     Raises UserError where it cannot be fetched or written, is broken, or does not hold least to most questions.
     """
     if path.exists():
         count = counted(path, path, least, most)
     else:
-        count = write_counted(download(url), path, url, least, most)
+        content = b"\n".join(download(url) for url in urls)  # An empty line between two files does no harm.
+        count = write_counted(content, path, " and ".join(urls), least, most)
     print(f"{path}: {count:,} questions, {path.stat().st_size:,} bytes", flush=True)
 
 

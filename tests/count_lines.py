@@ -23,6 +23,7 @@ ALGORITHM = ["launch.py", "ppo.py", "rollout.py", "reward.py", "model.py"]
 MACHINERY = [
     "workers.py",
     "packing.py",
+    "equality.py",
     "log.py",
     "configs/base.py",
     "configs/load.py",
@@ -30,6 +31,7 @@ MACHINERY = [
     "data/load.py",
     "data/models.py",
     "tools/plan.py",
+    "tools/gpu_machine.py",
 ]
 
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}

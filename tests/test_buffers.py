@@ -84,10 +84,10 @@ def loaded_buffers(paths, device="cpu", dtypes=DTYPES):
     return results
 
 
-def plain_buffers(path, kind, dtype):
+def plain_buffers(path, kind, dtype, device="cpu"):
     """read_buffers of the same model loaded by plain transformers."""
     auto = AutoModel if kind == "critic" else AutoModelForCausalLM
-    return read_buffers(auto.from_pretrained(path, dtype=dtype))
+    return read_buffers(auto.from_pretrained(path, dtype=dtype).to(device))
 
 
 def rounding_allowed():
@@ -103,9 +103,12 @@ def learner_logprobs(path, ids, device="cpu"):
     batch, idle_ranks = packing.Batch([sample]), torch.distributed.get_world_size() - 1
     plan = [[[0]]] + [[[]]] * idle_ranks
     learner = ppo.Learner("policy", cfg, path, torch.device(device), torch.bfloat16)
+    learner.onload()
     mended = learner.forward(batch, plan)
+    learner.offload()
     with rounding_allowed():
         learner = ppo.Learner("policy", cfg, path, torch.device(device), torch.bfloat16)
+    learner.onload()
     return mended, learner.forward(batch, plan)
 
 
@@ -144,9 +147,8 @@ def assert_same(loaded, plain):
         assert loaded[name].dtype == buffer.dtype and torch.equal(loaded[name], buffer), name
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
+def make_models(folder):
+    """A model folder of each family, and one whose checkpoint holds a buffer: {name: path}."""
     paths = {name: tiny_models.make_model(folder / name, **settings) for name, settings in FAMILIES.items()}
     paths["persistent"] = tiny_models.make_model(folder / "persistent", **PERSISTENT)
     weights = load_file(folder / "persistent/model.safetensors")
@@ -154,6 +156,11 @@ def paths(tmp_path_factory):
     weights[name] = 5 + torch.tensor([0.001, 0.002, 0.003, 0.004])  # all are 5 in bf16
     save_file(weights, folder / "persistent/model.safetensors", {"format": "pt"})
     return paths
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

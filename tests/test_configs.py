@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import BASE, ROOT, UserError, documentation, load, read_file
+from configs.load import BASE, ROOT, UserError, documentation, load, read_file, without_effect
 from tools.plan import derived, describe
 
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -213,8 +213,20 @@ REFUSED = {
     ],
     "--policy_updates_per_step=1025": ["policy_updates_per_step=1025", "prompts_per_step=64"],
     "--top_p=0.9": ["drift_limit", "top_p=0.9"],
-    "--advantage=group --samples_per_prompt=1": ["advantage='group'", "samples_per_prompt=1"],
-    "--advantage=group --kl_coef=0.1": ["advantage='group'", "kl_coef=0.1", "--kl_coef=0"],
+    "--advantage=group": ["advantage='group'", "dr_grpo"],
+    "--advantage=grpo --samples_per_prompt=1": ["advantage='grpo'", "samples_per_prompt=1"],
+    "--advantage=rloo --kl_coef=0.1": ["advantage='rloo'", "kl_coef=0.1", "--kl_coef=0", "--kl_loss_coef"],
+    "--advantage=reinforce --critic_warmup_steps=2": ["advantage='reinforce'", "critic_warmup_steps=2"],
+    "--advantage=dr_grpo --normalise_advantages=False": ["advantage='dr_grpo'", "normalise_advantages=False"],
+    "--drop_equal_groups=True --samples_per_prompt=1": ["drop_equal_groups=True", "samples_per_prompt=1"],
+    "--importance_cap=0.5": ["importance_cap=0.5", "importance_cap >= 1"],
+    "--importance_token_band=0.5": ["importance_token_band=[0.5]", "len(importance_token_band) == 2"],
+    "--importance_token_band=5,0.5": ["importance_token_band=5,0.5", "1 inside"],
+    "--importance_response_band=1.1,1.2": ["importance_response_band=1.1,1.2", "1 inside"],
+    "--kl_estimator=k4": ["kl_estimator='k4'", "k3"],
+    "--loss_average=sequence": ["loss_average='sequence'", "response"],
+    "--epochs_per_step=0": ["epochs_per_step=0", "epochs_per_step > 0"],
+    "--eval_max_response_tokens=-1": ["eval_max_response_tokens=-1", ">= 0"],
     "--eval_data=a/test.json,b/test.json": ["eval_data", "b/test.json", "no two of one name"],
     "--eval_data=a/overall.json": ["eval_data", "'overall'", "no two of one name"],
 }
@@ -232,6 +244,34 @@ def test_refused_on_the_command_line(argument):
     load([TINY, *sizes])  # else the next line proves nothing
     message = error_of([TINY, *sizes, *re.split(" (?=--)", argument)])
     assert [part for part in REFUSED[argument] if part not in message] == [], message
+
+
+WITHOUT_EFFECT = {  # settings → the start of what is said about them, and beside it a setting with which they have one
+    "--clip_eps=0.3": ("clip_eps=0.3 has no effect: with one policy update", "--policy_updates_per_step=2"),
+    "--clip_eps_high=0.28": ("clip_eps_high=0.28 has no effect: with one policy", "--epochs_per_step=2"),
+    "--update_ref_every=3": (
+        "update_ref_every=3 has no effect: kl_coef and kl_loss_coef are 0",
+        "--kl_coef=0.1",
+    ),
+    "--kl_estimator=k2": ("kl_estimator='k2' has no effect: kl_loss_coef is 0", "--kl_loss_coef=0.1"),
+    "--advantage=grpo --lam=0.95": ("lam=0.95 has no effect: only advantage='gae'", "--advantage=gae"),
+}
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_named(arguments):
+    """An ablation of a month compares two runs that are the same, because the ratio is 1 in both."""
+    assert without_effect(load([TINY])) == []
+    words, other = WITHOUT_EFFECT[arguments]
+    (line,) = without_effect(load([TINY, *arguments.split()]))
+    assert line.startswith(words)
+    assert without_effect(load([TINY, *arguments.split(), other])) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_config_has_a_setting_without_effect(path):
+    """A config sets what changes nothing beside its other settings."""
+    assert without_effect(load([str(path)])) == []
 
 
 BROKEN_FILES = {

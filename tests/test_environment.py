@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from test_launch import DEADLINE, ROOT, left_behind
@@ -72,7 +71,8 @@ def other_run(tmp):
     """The folder of a run with another seed, as Log makes it."""
     out_dir = f"--out_dir={tmp}/runs"
     cfg = load([str(ROOT / "configs/tiny.py"), "--seed=7", out_dir])
-    cfg.content = run_content(SimpleNamespace(**vars(cfg) | {"critic_model": cfg.model}))
+    cfg.critic_model = cfg.model
+    cfg.content = run_content(cfg)
     Log(cfg).metrics.close()
     return ["configs/tiny.py"]
 

@@ -125,9 +125,10 @@ def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
 
 
 DRAWS = """
-import pathlib, signal, sys, types, log
+import contextlib, pathlib, signal, sys, types, log
 signal.signal(signal.SIGINT, lambda *_: None)  # as a run does: it ends after the step
-log.Log.curves(types.SimpleNamespace(dir=pathlib.Path(sys.argv[1])))
+folder = types.SimpleNamespace(dir=pathlib.Path(sys.argv[1]), best_effort=lambda what: contextlib.nullcontext())
+log.Log.curves(folder)
 """
 
 
@@ -309,6 +310,9 @@ def test_drift_warning(run, capsys):
     assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
     assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
     assert drift_warning(None, ten) is None
+    assert (
+        drift_warning(8e-8, [1e-8] * 10) is None
+    )  # fp32's rounding: two seeds of the demo had over three times it
     run.step({"step": 0, "drift_mean": None, "seconds": {}})
     for step in range(1, 12):
         run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
@@ -340,7 +344,9 @@ def test_first_lines_say_what_runs(run, capsys):
     sizes = {"prompts_per_step": 64, "samples_per_prompt": 16, "max_response_tokens": 96}
     for name, value in (sizes | {"model": "some/model", "workers": 8, "tensor_parallel": 4}).items():
         setattr(run.cfg, name, value)
-    run.start(0, 1619072, SimpleNamespace(train=[None] * 4096, eval={"math": [None] * 512}))
+    run.start(
+        0, 1619072, SimpleNamespace(train=[None] * 4096, eval={"math": [None] * 512, "aime": [None] * 30})
+    )
     out = capsys.readouterr().out
     for words in (
         str(run.dir),
@@ -349,7 +355,7 @@ def test_first_lines_say_what_runs(run, capsys):
         "8, 4 per vLLM engine",
     ):
         assert words in out
-    assert "4,096 for training, 512 held out in math" in out
+    assert "questions   4,096 for training\nheld out    512 in math, 30 in aime\n" in out
     assert "64 questions x 16 samples = 1,024 responses" in out and "= 98,304 tokens" in out
     run.cfg.steps = 0
     run.start(0, 0, SimpleNamespace(train=[], eval={"math": [None] * 512}))
@@ -365,11 +371,28 @@ def test_last_lines_say_what_was_reached(run, capsys):
     (run.dir / "checkpoints/step_10").mkdir(parents=True)
     (run.dir / "checkpoints/step_20").mkdir()
     capsys.readouterr()
-    run.end("stopped by SIGTERM", 20, sys.orig_argv[1:])
+    run.end("stopped by SIGTERM", 20, ["configs/tiny.py"])
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
     assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
     assert "export the checkpoint of step 10" in out  # the best one
+    run.cfg.steps = 0
+    run.end("done", 0, ["configs/tiny.py"])
+    assert "done: 1.5 minutes of work" in capsys.readouterr().out
+
+
+def test_last_lines_where_another_program_called(run, capsys, monkeypatch):
+    """bench/step.py, a sweep or a notebook calls launch.main with more words than its own command has: IndexError, and a
+    run that is done ends with exit code 1."""
+    run.cfg.eval_data = []
+    monkeypatch.chdir("/")
+    argv = ["configs/tiny.py", "--steps=20", "--workers=2"]
+    for command in (["python", "sweep.py"], ["python", "sweep.py", "--a", "--b", "--c"]):
+        monkeypatch.setattr(sys, "orig_argv", command)
+        run.end("done", 20, argv)
+        words = capsys.readouterr().out.replace("\\\n", "").split()
+        assert "sweep.py" not in words
+        assert words[words.index("configs/tiny.py") - 1] == f"{ROOT}/launch.py"
 
 
 ARGUMENTS = [
@@ -449,6 +472,30 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
     run.say("ε")
     run.metrics.close()
     assert terminal.buffer.getvalue() == b"\\u03b5\n"
+
+
+READ_BY_NOBODY = """
+import pathlib, sys, types, log
+cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8)
+run = log.Log(cfg)
+run.cut(0)
+sys.stdin.readline()
+for step in (1, 2, 3):
+    run.step({"step": step, "reward": 0.5, "seconds": {}})
+"""
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`| head`, or a terminal that was closed: the next line that is printed ends a run of a week."""
+    command = [sys.executable, "-c", READ_BY_NOBODY, str(tmp_path)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 0 and "Error" not in errors, errors
+    assert [row["step"] for row in rows(tmp_path / "a/metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -590,6 +637,16 @@ def test_only_a_new_folder_is_discarded(run, tmp_path):
     deep = Log(settings(tmp_path, out_dir=str(tmp_path / "c/d e/[f]")))
     deep.discard()
     assert not (tmp_path / "c").exists() and tmp_path.exists()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/step_1/policy_0.safetensors", "error.txt"])
+def test_a_run_that_has_begun_is_not_discarded(run, file):
+    """A machine leaves, the restart finds too few of them, and a week's run is removed along with its checkpoints."""
+    assert run.new
+    (run.dir / file).parent.mkdir(parents=True, exist_ok=True)
+    (run.dir / file).write_text("{}\n")
+    run.discard()
+    assert (run.dir / file).read_text() == "{}\n"
 
 
 def test_cut_forgets_what_came_after(run):

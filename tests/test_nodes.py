@@ -104,7 +104,8 @@ def hosts():
     with contextlib.ExitStack() as stack:
         pair = []
         for letter, address in (("a", head), ("b", other)):
-            pair.append(Host(f"nodes{os.getpid()}{letter}", address, environment))
+            own = {"NCCL_SOCKET_IFNAME": f"eth7_of_{letter}"}  # it may differ from node to node
+            pair.append(Host(f"nodes{os.getpid()}{letter}", address, environment | own))
             stack.callback(pair[-1].remove)
         names = [host.name for host in pair]
         ip(
@@ -205,9 +206,15 @@ def test_a_node_too_few(hosts, tmp_path):
 
 def test_half_the_workers_on_each(both, tmp_path, on_one_node):
     """Guards several machines: a Worker on each, and what they learn is what one machine would have learned."""
-    process = start(both[0], tmp_path)
+    command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}", *RUN]
+    process = both[0].popen(command, NCCL_DEBUG="INFO", NCCL_SOCKET_IFNAME="eth7_of_the_driver")
     wait_for_step(process, tmp_path / "a", 1)
     assert [len(workers_of(host)) for host in both] == [1, 1]
+    for host in both:
+        # What was set before `ray start` on a node reaches its Workers; what is set where launch.py runs does not.
+        environment = workers_of(host)[0].environ()
+        assert environment["NCCL_SOCKET_IFNAME"] == host.environment["NCCL_SOCKET_IFNAME"]
+        assert "NCCL_DEBUG" not in environment
     code, out, err = finish(process)
     assert code == 0 and f"joined the Ray cluster at {both[0].address}:{PORT}" in out, out + err
     assert f"step_{STEPS}" in os.listdir(tmp_path / "a/checkpoints")

@@ -1,8 +1,10 @@
 """ORZ's recipe around the training core: every config against the paper, fetching the questions, mining hard ones."""
 
+import contextlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_launch import QUICK, metrics, run, without_timings
 
 from configs.load import BASE, ROOT, UserError, load, read_file
 from data import prepare
@@ -24,46 +27,83 @@ CONFIGS = sorted(
 )
 ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
 
-# The paper's numbers (arXiv 2503.24290, section 2.3 and appendix B; playground/ for the lengths and the clipping).
+# ORZ's values with where each stands: the paper (arXiv 2503.24290 v2), a script of the repository at its commit 3fdd9a0
+# ("playground": orz_7b_ppo.py and, where they have the same line, all others; "base": ppo_base_exp.py), or an issue of it.
 RECIPE = {
-    "policy_lr": 1e-6,
-    "critic_lr": 5e-6,
-    "adam_betas": [0.9, 0.95],
-    "warmup_steps": 50,
-    "prompts_per_step": 128,
-    "samples_per_prompt": 64,
-    "policy_updates_per_step": 1,
-    "critic_updates_per_step": 12,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "max_prompt_tokens": 2048,
-    "max_response_tokens": 8000,
-    "stop": ["User:", "Human:", "Assistant:", "</answer>"],
-    "clip_eps": 0.2,
-    "value_clip": 0.2,
-    "max_grad_norm": 1.0,
-    "gamma": 1.0,
-    "lam": 1.0,
-    "kl_coef": 0.0,
-    "critic_model": "",  # the same base model, weights of its own
-    "gradient_checkpointing": True,
-    "eval_samples": 16,
-    "eval_temperature": 1.0,
-    "eval_top_p": 1.0,
-    "eval_every": 10,
-    "save_every": 50,
+    "policy_lr": (1e-6, "paper, section 2.3; playground: actor_learning_rate"),
+    "critic_lr": (5e-6, "paper, section 2.3; playground: critic_learning_rate"),
+    "adam_betas": ([0.9, 0.95], "paper, appendix B"),
+    "warmup_steps": (50, "paper, appendix B; playground: num_warmup_steps"),
+    "prompts_per_step": (128, "paper, section 2.3; playground: rollout_batch_size"),
+    "samples_per_prompt": (64, "paper, section 2.3; playground: n_samples_per_prompt"),
+    "policy_updates_per_step": (1, "paper, section 2.3; playground: policy_update_steps"),
+    "critic_updates_per_step": (12, "paper, section 2.3; playground: critic_update_steps"),
+    "temperature": (1.0, "paper, section 2.3; playground: temperature"),
+    "top_p": (1.0, "paper, section 2.3; playground: top_p"),
+    "max_prompt_tokens": (2048, "playground: prompt_max_len"),
+    "max_response_tokens": (8000, "playground: generate_max_len; for 32B issues 50 and 65"),
+    "eval_max_response_tokens": (0, "playground: evaluation uses generate_max_len; for 32B issues 50 and 65"),
+    "max_tokens_per_pack": (
+        16384,
+        "playground: packing_max_len; for 32B and one GPU generate_max_len + prompt_max_len",
+    ),
+    "stop": (["User:", "Human:", "Assistant:", "</answer>"], "playground: stop"),
+    "clip_eps": (0.2, "base: eps_clip"),
+    "value_clip": (0.2, "base: value_clip"),
+    "max_grad_norm": (1.0, "base: max_norm"),
+    "gamma": (1.0, "paper, section 2.2; playground: gamma"),
+    "lam": (1.0, "paper, section 2.2; playground: lambd"),
+    "kl_coef": (0.0, "paper, section 2.2; playground: init_kl_coef"),
+    "critic_model": ("", "playground: critic_pretrain = pretrain: the same base model, weights of its own"),
+    "gradient_checkpointing": (True, "base: gradient_checkpointing"),
+    "eval_samples": (16, "paper, tables 1 and 4: avg@16"),
+    "eval_temperature": (1.0, "playground: evaluation uses temperature"),
+    "eval_top_p": (1.0, "playground: evaluation uses top_p"),
+    "eval_every": (10, "playground: eval_interval"),
+    "save_every": (50, "playground: save_interval"),
+    "advantage": ("gae", "paper, section 2.2; playground: use_grpo = False"),
+    "lr_decay_steps": (0, "base: constant_with_warmup"),
+    "policy_lr_final": (3e-7, "paper, appendix B: of the second stage of 32B"),
 }
-SIZES = {  # config → model, GPUs, tensor parallel, steps, training files, tokens of a pack
-    "orz_0p5b": ("Qwen/Qwen2.5-0.5B", 8, 1, 1000, ["57k"], 16384),
-    "orz_0p5b_1gpu": ("Qwen/Qwen2.5-0.5B", 1, 1, 1000, ["57k"], 10048),
-    "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"], 16384),
-    "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
-    "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"], 16384),
-    "orz_7b_grpo": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"], 16384),
-    "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"], 16384),
-    "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"], 16384),
+OF_32B = {"max_response_tokens": 16384, "max_tokens_per_pack": 18432, "eval_max_response_tokens": 32768}
+OTHERS = {  # config → what differs from RECIPE
+    "orz_0p5b_1gpu": {"max_tokens_per_pack": 10048},
+    "orz_32b": OF_32B,
+    "orz_32b_anneal": OF_32B
+    | {"critic_model": "runs/orz_32b/critic", "warmup_steps": 0, "lr_decay_steps": 100},
+    "orz_7b_grpo": {"advantage": "reinforce"},  # issue 75
 }
-OTHERS = {"orz_32b_anneal": {"critic_model": "runs/orz_32b/critic", "warmup_steps": 0}}
+SIZES = {  # config → model, GPUs, tensor parallel, steps, training files
+    "orz_0p5b": ("Qwen/Qwen2.5-0.5B", 8, 1, 1000, ["57k"]),
+    "orz_0p5b_1gpu": ("Qwen/Qwen2.5-0.5B", 1, 1, 1000, ["57k"]),
+    "orz_1p5b": ("Qwen/Qwen2.5-1.5B", 16, 1, 1000, ["57k"]),
+    "orz_7b": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"]),
+    "orz_32b": ("Qwen/Qwen2.5-32B", 128, 4, 1100, ["57k", "72k"]),
+    "orz_7b_grpo": ("Qwen/Qwen2.5-7B", 32, 1, 1000, ["57k"]),
+    "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"]),
+    "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"]),
+}
+# What ORZ's runs do not use, and its value where it is off.
+VARIANTS = {
+    "normalise_advantages": True,
+    "critic_lam": 1.0,
+    "epochs_per_step": 1,
+    "critic_warmup_steps": 0,
+    "clip_eps_high": 0.0,
+    "loss_average": "token",
+    "kl_loss_coef": 0.0,
+    "kl_estimator": "k3",
+    "update_ref_every": 0,
+    "importance_cap": 0.0,
+    "importance_token_band": [0.0, 0.0],
+    "importance_response_band": [0.0, 0.0],
+    "drop_equal_groups": False,
+    "drop_cut_off": False,
+}
+# What says where, on what, how fast and how long it runs.
+OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
+    tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
+    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every""".split()
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------
@@ -74,20 +114,27 @@ def test_every_size_is_in_the_table():
     assert [path.stem for path in ORZ] == sorted(SIZES)
 
 
+def test_every_setting_has_its_place():
+    """A setting is added that changes the algorithm, and no config is checked for having it off."""
+    placed = [*RECIPE, *VARIANTS, *OPERATION]
+    assert sorted(placed) == sorted(read_file(BASE))
+    assert all(source for _, source in RECIPE.values())
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_config_is_orz(name):
     """A number of the recipe is changed for one size, or drifts in base.py; or a file name is none that is fetched."""
     cfg = load([str(ROOT / "configs" / f"{name}.py")])
-    assert {key: getattr(cfg, key) for key in RECIPE} == RECIPE | OTHERS.get(name, {})
-    assert (cfg.advantage, cfg.policy_lr_final) == ("group" if "grpo" in name else "gae", 3e-7)
-    assert cfg.lr_decay_steps == (100 if "anneal" in name else 0)
-    model, workers, tensor_parallel, steps, training, pack = SIZES[name]
+    values = {key: value for key, (value, _) in RECIPE.items()}
+    assert {key: getattr(cfg, key) for key in RECIPE} == values | OTHERS.get(name, {})
+    assert {key: getattr(cfg, key) for key in VARIANTS} == VARIANTS
+    model, workers, tensor_parallel, steps, training = SIZES[name]
     assert (cfg.model, cfg.workers, cfg.tensor_parallel) == (model, workers, tensor_parallel)
-    assert (cfg.steps, cfg.max_tokens_per_pack, cfg.name) == (steps, pack, name)
+    assert (cfg.steps, cfg.name) == (steps, name)
     files = [Path(path).name for path in cfg.train_data + cfg.eval_data]
-    held_out = ["aime2024.json", "math500.json", "gpqa_diamond.json"]
+    held_out = ["aime2024.json", "aime2025.jsonl", "math500.json", "gpqa_diamond.json"]
     assert files == [f"orz_math_{size}.json" for size in training] + held_out
-    assert set(files) <= set(prepare.ORZ_FILES)
+    assert set(files) <= {*prepare.ORZ_FILES, "aime2025.jsonl"}
     assert {str(Path(path).parent)[-8:] for path in cfg.train_data + cfg.eval_data} == {"data/orz"}
     assert cfg.model in plan.SHAPES or cfg.model.startswith("runs/")
 
@@ -135,6 +182,85 @@ def test_config_says_how_to_run_it(path):
         )
 
 
+def test_the_page_of_the_sizes_quotes_the_plan():
+    """Numbers of tools/plan.py are typed into the page and stay when the plan changes."""
+    lines = []
+    for tensor_parallel in (1, 2, 4):
+        cfg = load([str(ROOT / "configs/orz_32b.py"), f"--tensor_parallel={tensor_parallel}"])
+        printed = plan.report(cfg, 80.0).splitlines()
+        lines += [line for line in printed if re.match(r"(generate|sync): |.*KV cache|vLLM engines", line)]
+    page = (ROOT / "docs" / "sizes.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page, "\n".join(lines)
+
+
+# ---- Variants, as whole runs -----------------------------------------------------------------------------------
+
+WHOLE_RUNS = {  # what is trained with → metrics that exist beside those of the defaults
+    "--critic_warmup_steps=1": [],
+    "--epochs_per_step=2 --clip_eps_high=0.28": ["approx_kl"],
+    "--lam=0.95 --critic_lam=0.9 --normalise_advantages=False": [],
+    "--kl_loss_coef=0.1 --kl_estimator=k2 --update_ref_every=1": ["kl_loss"],
+    "--loss_average=response": [],
+    "--loss_average=constant": [],
+    "--importance_cap=2": ["importance_truncated", "importance_masked"],
+    "--importance_token_band=0.5,5": ["importance_truncated", "importance_masked"],
+    "--importance_response_band=0.99,1.01": ["importance_truncated", "importance_masked"],
+    "--drop_equal_groups=True": [],
+    "--drop_cut_off=True": [],
+    "--advantage=grpo --loss_average=response": [],
+    "--advantage=dr_grpo --loss_average=constant": [],
+    "--advantage=rloo": [],
+    "--advantage=reinforce": [],
+    "--eval_max_response_tokens=120 --eval_every=2": ["eval"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", WHOLE_RUNS)
+def test_a_whole_run_with_a_variant(arguments, tmp_path):
+    """A variant that is right as a formula, and stops a run: an array nobody computes, a network nobody loads."""
+    code, out, err = run(tmp_path, "--name=a", *QUICK, "--workers=2", *arguments.split())
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    assert all(rows[-1][name] is not None for name in WHOLE_RUNS[arguments])
+    assert rows[-1]["grad_norm_policy"] > 0 and rows[-1]["drift_mean"] < 1e-4
+    if "warmup" in arguments:
+        assert "pg_loss" not in rows[0] and rows[0]["grad_norm_critic"] > 0
+    if "advantage" in arguments:
+        assert "v_loss" not in rows[-1] and not (tmp_path / "a/critic").exists()
+
+
+@pytest.mark.soak
+def test_no_response_is_left_to_train_on(tmp_path):
+    """All groups agree in a step: an empty plan ends the run, or stands in for an update and is counted."""
+    sizes = ["--steps=6", "--prompts_per_step=2", "--samples_per_prompt=2", "--eval_every=-1"]
+    code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True")
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    without = [row for row in rows if row["policy_samples"] == 0]
+    assert without and len(without) < len(rows)
+    assert all("pg_loss" not in row and row["grad_norm_critic"] > 0 for row in without)
+
+
+@pytest.mark.soak
+def test_schedules_go_on_where_they_were(tmp_path):
+    """After a resume the critic learns alone again, the warm-up begins anew, or the reference is the base model."""
+    schedule = ["--critic_warmup_steps=2", "--epochs_per_step=2", "--warmup_steps=9"]
+    schedule += ["--kl_loss_coef=0.1", "--update_ref_every=2", "--workers=2"]
+    whole = run(tmp_path, "--name=whole", *QUICK, *schedule, "--steps=5")
+    first = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=3")
+    second = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=5")
+    assert [code for code, _, _ in (whole, first, second)] == [0, 0, 0], (whole, first, second)
+    rows = without_timings(metrics(tmp_path / "whole"))
+    assert rows == without_timings(metrics(tmp_path / "parts"))
+    assert [row.get("lr_policy") is None for row in rows] == [True, True, False, False, False]
+    rates = [row["lr_policy"] / 5e-4 * 9 for row in rows[2:]]
+    assert rates == pytest.approx([1.5, 3.5, 5.5])  # means over updates 1 and 2, 3 and 4, 5 and 6
+    assert rows[2]["kl_loss"] > 0  # the second of two updates; the reference is the policy before the first
+    weights = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
 # ---- Fetching --------------------------------------------------------------------------------------------------
 
 
@@ -172,18 +298,30 @@ def dialogues(count):
     )
 
 
+def jsonl(count):
+    """As AIME 2025 is stored on the hub: without a line end behind the last question."""
+    return "\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(count))
+
+
 def test_fetch_all(server, tmp_path, monkeypatch, capsys):
     """A set lands under another name than the configs use, a second call fetches everything again."""
     folder, address = server
     for theirs, least, _ in prepare.ORZ_FILES.values():
         (folder / theirs).write_text(dialogues(least))
+    for theirs in prepare.AIME2025_FILES:
+        (folder / theirs).write_text(jsonl(15))
     monkeypatch.setattr(prepare, "ORZ", address)
+    monkeypatch.setattr(prepare, "AIME2025", address)
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     assert prepare.main(["orz"]) == 0
     said = capsys.readouterr().out
     fetched = sorted((tmp_path / "data" / "orz").iterdir())
-    assert [path.name for path in fetched] == sorted(prepare.ORZ_FILES)
+    assert [path.name for path in fetched] == sorted([*prepare.ORZ_FILES, "aime2025.jsonl"])
+    aime2025 = tmp_path / "data/orz/aime2025.jsonl"
+    assert len(load_questions(str(aime2025))) == 30 and f"{aime2025}: 30 questions" in said
     for path in fetched:
+        if path == aime2025:
+            continue
         theirs, least, _ = prepare.ORZ_FILES[path.name]
         assert path.read_bytes() == (folder / theirs).read_bytes()
         assert f"{path}: {least:,} questions, {path.stat().st_size:,} bytes" in said
@@ -214,7 +352,7 @@ def test_bad_answer_leaves_nothing(name, server, tmp_path):
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(UserError) as error:
-        prepare.fetch(f"{address}/{name}", tmp_path / "new" / "set.json", 10, 10)
+        prepare.fetch([f"{address}/{name}"], tmp_path / "new" / "set.json", 10, 10)
     assert f"{address}/{name}" in str(error.value) and words in str(error.value), error.value
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
@@ -236,7 +374,7 @@ def test_first_use_fetches(server, tmp_path, monkeypatch):
     (folder / "eval_data/aime2024.json").write_text(dialogues(30))
     monkeypatch.setattr(prepare, "ORZ", address)
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
-    (path,) = (path for path in load([str(ROOT / "configs/orz_7b.py")]).eval_data if "aime" in path)
+    (path,) = (path for path in load([str(ROOT / "configs/orz_7b.py")]).eval_data if "aime2024" in path)
     path = f"data/orz/{Path(path).name}"  # as the config has it, where nothing was fetched yet
     place = prepare.fetched(path)
     assert place == str(tmp_path / path) and len(load_questions(place)) == 30
@@ -274,8 +412,8 @@ def mine(*argv):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-def write_step(run, step, results, choices=None):
-    """samples/step_N.jsonl as log.py writes it: question → (attempts, solved)."""
+def write_step(run, step, results, choices=None, rewards=(0.0, 1.0)):
+    """samples/step_N.jsonl as log.py writes it. results: question → (attempts, solved); rewards: if wrong, if right."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -286,15 +424,21 @@ def write_step(run, step, results, choices=None):
 
     ids = np.array([1, 2], np.int32)
     prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]
-    samples = [
-        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", k < solved, float(k < solved))
-        for i, (attempts, solved) in enumerate(results.values())
-        for k in range(attempts)
-    ]
+    samples = []
+    for i, (attempts, solved) in enumerate(results.values()):
+        for k in range(attempts):
+            sample = Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop")
+            sample.correct = k < solved
+            sample.reward = rewards[sample.correct]
+            samples.append(sample)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
         sample.line = sample_line(sample, prompts[sample.prompt_index].question)
-    Log.lines(SimpleNamespace(dir=run), f"step_{step}", (sample.line for sample in samples))
+    Log.lines(
+        SimpleNamespace(dir=run, best_effort=lambda what: contextlib.nullcontext()),
+        f"step_{step}",
+        (sample.line for sample in samples),
+    )
 
 
 def test_hard_questions_of_a_run(tmp_path):
@@ -317,6 +461,28 @@ def test_hard_questions_of_a_run(tmp_path):
     assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
 
 
+def test_rewards_do_not_say_what_is_right(tmp_path):
+    """A run with rewards of its own: a wrong answer that is paid for its form counts as solved, a right one as failed."""
+    paid = {"question": "paid for its form", "answer": "1", "reward": 0.3, "correct": False}
+    late = {"question": "right, but too long", "answer": "1", "reward": -0.5, "correct": True}
+    older = {"question": "of an older version", "answer": "1", "reward": 1.0}
+    (tmp_path / "samples").mkdir()
+    lines = [json.dumps(row) + "\n" for row in (paid, late, older) for _ in range(64)]
+    (tmp_path / "samples/step_1.jsonl").write_text("".join(lines))
+    assert mine(tmp_path).returncode == 0
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["paid for its form"]
+
+
+@pytest.mark.parametrize("rewards", [(0.3, 1.3), (-0.5, 0.5), (0.3, -0.5)])
+def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
+    """With partial credit or a penalty for length, every question counts as solved, or none does."""
+    write_step(tmp_path, 1, {"three": (64, 3), "four": (64, 4), "never": (64, 0)}, rewards=rewards)
+    done = mine(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["three", "never"]
+    assert done.stdout.splitlines()[1] == "2 of the other 3 solved fewer than 4 times in 64, 1 never"
+
+
 def test_choices_survive(tmp_path):
     """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
     question = "Which? A. this B. that"
@@ -328,9 +494,8 @@ def test_choices_survive(tmp_path):
 def test_mining_errors_are_one_line(tmp_path):
     """A run without samples, a broken line or a misspelt option ends in a traceback, or in an empty training file."""
     (tmp_path / "broken/samples").mkdir(parents=True)
-    (tmp_path / "broken/samples/step_1.jsonl").write_text(
-        '{"question": "q", "answer": "a", "reward": 0.0}\n{"quest'
-    )
+    whole = '{"question": "q", "answer": "a", "correct": false, "reward": 0.0}\n'
+    (tmp_path / "broken/samples/step_1.jsonl").write_text(whole + '{"quest')
     write_step(tmp_path / "easy", 1, {"q": (64, 64)})
     for argv, code, words in [
         ([], 2, "usage"),

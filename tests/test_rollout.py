@@ -31,7 +31,7 @@ def sample(engine, seed, temperature=1.0):
     """One response to each prompt, in their order, and the hash of their ids."""
     samples = [None] * len(PROMPTS)
 
-    for response in engine.generate(PROMPTS, seed, temperature, 1.0):
+    for response in engine.generate(PROMPTS, seed, temperature, 1.0, SETTINGS["max_response_tokens"]):
         index = response.index
         assert samples[index] is None, "finished twice"
         samples[index] = packing.Sample(

@@ -21,7 +21,8 @@ import test_buffers
 from configs.load import ROOT, load
 from data import make_smollm2, make_word_problems
 from data.load import chat_template, encode_prompts, load_questions
-from reward import extract_answer, is_equal
+from equality import is_equal
+from reward import extract_answer
 
 TASK = ROOT / "data" / "word_problems"
 FILES = ("train", "eval", "eval_wordings")

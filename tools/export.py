@@ -43,7 +43,7 @@ def export(folder, step, moved):
     tokenizer = read_tokenizer(cfg, f"model={cfg.model!r}")
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     log = Log(cfg)  # takes the lock of the run
-    workers = WorkerGroup(cfg, log, start_ray(), StopRequest())
+    workers = WorkerGroup(cfg, log, start_ray(log), StopRequest())
     workers.place()
     workers.start(step)
     workers.export(tokenizer, suffix=f"_step_{step}")

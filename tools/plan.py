@@ -25,7 +25,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
 
-from configs.load import UserError, load  # noqa: E402
+from configs.load import UserError, context_tokens, has_critic, has_reference, load  # noqa: E402
 from workers import fits_beside_vllm  # noqa: E402
 
 GIB = 2**30
@@ -52,6 +52,7 @@ SHAPES = {  # model → the values of FIELDS, from its config.json on the hub
 KEPT_WHOLE = 5 * 10**8  # parameters that each rank keeps whole between packs (ppo.py)
 REDUCED_AT_ONCE = 2 * 10**7  # elements of gradients in one reduction (ppo.py)
 MAX_LOGITS = 2**28  # elements of the logits of one chunk (model.py)
+SAMPLE_BYTES = 11  # of a token in samples/: its id in JSON, and its text (a guess)
 MAX_LIVE_PARAMETERS = 10**9  # parameters that DeepSpeed gathers at once, by default
 
 
@@ -99,11 +100,10 @@ def read_shape(model):
     head_dim = config.get("head_dim") or hidden // heads
     head_params = 0 if tied else vocabulary * hidden
     shape = Shape(hidden, layers, heads, kv_heads, head_dim, feed_forward, vocabulary, head_params, params=0)
-    norms = 2 * hidden
-    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + norms)
-    shape.params += (
-        hidden + shape.embedding_params + head_params
-    )  # The first is the norm behind the last layer.
+    two_norms = 2 * hidden
+    shape.params = layers * (shape.matrix_params + bias_params(config, shape) + two_norms)
+    last_norm = hidden
+    shape.params += last_norm + shape.embedding_params + head_params
     return shape
 
 
@@ -116,8 +116,8 @@ def bias_params(config, shape):
 
 
 def critic_shape(cfg, shape):
-    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None for GRPO."""
-    if cfg.advantage == "group":
+    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None without one."""
+    if not has_critic(cfg):
         return None
     if cfg.critic_model:
         shape = read_shape(cfg.critic_model) or shape
@@ -134,7 +134,7 @@ def num_learned(cfg, shape):
 
 
 def item(what, *factors, parts=1):
-    """One thing that a GPU holds: (its name with the arithmetic, its bytes: the product of the factors / parts)."""
+    """One thing that a GPU holds, as ("name = arithmetic", bytes): the product of the factors, divided by `parts`."""
     arithmetic = " * ".join(f"{factor:,}" for factor in factors)
     if parts > 1:
         arithmetic += f" / {parts}"
@@ -148,7 +148,7 @@ def bytes_per_weight(cfg):
 def always_held(cfg, policy):
     """What is on the GPU in every phase."""
     size = bytes_per_weight(cfg)
-    reference = policy.params if cfg.kl_coef > 0 else 0
+    reference = policy.params if has_reference(cfg) else 0
     whole = min(reference, KEPT_WHOLE) if cfg.workers > 1 else 0
     return dict(
         [
@@ -179,15 +179,16 @@ def generating(cfg, policy, gpu_memory):
     held |= [
         item("vLLM's CUDA graphs (a guess)", 2**29),
         item("vLLM's activations (a guess)", cfg.max_num_batched_tokens, size, activations),
-        item("vLLM's logits (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
+        item("vLLM's logits, three copies in fp32 (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
         item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
     ]
-    tokens = cfg.max_prompt_tokens + cfg.max_response_tokens
+    tokens = context_tokens(cfg)
     kv_heads = max(1, policy.kv_heads // cfg.tensor_parallel)  # Each GPU of an engine holds one at least.
     token_bytes = 2 * policy.layers * kv_heads * policy.head_dim * size  # a key and a value in each layer
     left = gpu_memory * GIB - sum(held.values())
     hundredths = left // (tokens * token_bytes / 100)
-    sequences = max(1.0, hundredths / 100)  # of full length, at the same time; one must fit
+    # Sequences of full length, in training or evaluation, at the same time; one must fit.
+    sequences = max(1.0, hundredths / 100)
     held |= [item("KV cache: sequences, tokens, bytes", sequences, tokens, token_bytes)]
     return held
 
@@ -244,7 +245,7 @@ def syncing(cfg, policy, policy_staying, critic_staying):
 def learners_stay(cfg, policy, gpu_memory):
     """Whether the learners' states will stay on the GPU, by the rule that each Worker applies to what its GPU reports."""
     taken = 1 * GIB  # by CUDA and NCCL before vLLM starts (a guess)
-    if cfg.kl_coef > 0:
+    if has_reference(cfg):
         taken += bytes_per_weight(cfg) * policy.params / cfg.workers  # the reference model
     total = gpu_memory * GIB
     return fits_beside_vllm(cfg, num_learned(cfg, policy), free=total - taken, total=total)
@@ -326,7 +327,7 @@ def derived(cfg):
         "vLLM engines": f"{cfg.workers} workers / tensor parallel {cfg.tensor_parallel} = {engines}",
         "responses per policy update": f"{responses // cfg.policy_updates_per_step:,}",
     }
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         numbers["responses per critic update"] = f"{responses // cfg.critic_updates_per_step:,}"
     return numbers
 
@@ -360,11 +361,17 @@ def report(cfg, gpu_memory):
     waiting = 18 * learned / cfg.workers / GIB
     checkpoint = 12 * learned / 1e9
     at_once = cfg.keep_checkpoints + 2  # the best one, and one that is being written
+    samples = SAMPLE_BYTES * responses * sequence / 1e9
+    kept = (
+        "none is kept" if cfg.samples_every == -1 else f"every {cfg.samples_every}th is kept (samples_every)"
+    )
+    kept = "all are kept (samples_every)" if cfg.samples_every == 1 else kept
     lines += [
         f"tokens per step: at most {responses:,} x {sequence:,} = {responses * sequence:,}",
         f"packs per step: at most {packs:,}, {math.ceil(packs / cfg.workers):,} a GPU",
         f"CPU memory per GPU: up to {waiting:.1f} GiB, 18 bytes a weight; not checked here",
         f"disk: {checkpoint:.1f} GB a checkpoint, of which up to {at_once} exist at once",
+        f"disk: at most {samples:.1f} GB of samples/ a step, {SAMPLE_BYTES} bytes a token; {kept}",
         "",
     ]
     return "\n".join(lines)

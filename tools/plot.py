@@ -4,7 +4,6 @@ In:   RUN/metrics.jsonl of each.   Out: curves.png in the folder of the first.
 A run calls it after every evaluation but that of step 0.
 """
 
-import json
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
 
-from log import flatten  # noqa: E402
+from log import flatten, read_rows  # noqa: E402
 
 PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Figure 2, where both climb together
     "Reward": "reward|eval/.*/accuracy",
@@ -66,13 +65,6 @@ def draw_curve(axis, rows, name, label):
     axis.plot(steps, values, ".-", label=label.replace("$", r"\$"))  # Matplotlib takes $…$ for mathematics.
 
 
-def read_rows(folder):
-    """The rows of a run's metrics.jsonl, flat. A last line that a crash has cut short is left out."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = text.splitlines(keepends=True)
-    return [flatten(json.loads(line)) for line in lines if line.endswith("\n")]
-
-
 def main(arguments):
     folders, out = [], None
     for argument in arguments:
@@ -90,7 +82,10 @@ def main(arguments):
     runs = {}
     for folder in folders:
         name = str(folder) if folder.name in runs else folder.name
-        runs[name] = read_rows(folder)
+        rows, num_broken = read_rows(folder / "metrics.jsonl")
+        if num_broken:
+            print(f"{folder}/metrics.jsonl: {num_broken} broken lines are left out", file=sys.stderr)
+        runs[name] = [flatten(row) for row in rows]
     draw(runs, out or folders[0] / "curves.png")
     return 0
 
