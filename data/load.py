@@ -101,6 +101,9 @@ def convert_command(path):
 
 def check_lines(text, path):
     """Raises UserError if the text is one JSON value that stands on several lines, and not a value on each."""
+    if text.strip() and text.lstrip()[0] != "{":
+        reason = "broken or truncated JSON, or none; `data/prepare.py convert` reads CSV, too"
+        raise UserError(f"{path}:1: {reason}")
     first_line = text.strip().partition("\n")[0]
     if is_json(text) and not is_json(first_line):
         reason = "is one JSON value over several lines, not a question on each line"

@@ -134,6 +134,10 @@ BROKEN = {
     ),
     "parquet": (b"PAR1\xfe\x00PAR1", "is a Parquet file, not JSON: python data/prepare.py convert"),
     "gzip": (gzip.compress(b"{}"), "is compressed (gzip), not JSON: python data/prepare.py convert"),
+    "csv": (
+        "question,answer\n1+1,2\n",
+        ":1: broken or truncated JSON, or none; `data/prepare.py convert` reads CSV",
+    ),
     "zip": (b"PK\x03\x04\x00", "is a zip archive, not JSON: unpack it first"),
 }
 

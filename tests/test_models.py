@@ -410,6 +410,31 @@ def test_a_head_by_another_name_is_said_to_be_left_out(name, tmp_path):
     assert f"it has no {VALUE_HEAD}, so the critic's head starts fresh; not used: {name}" in said
 
 
+def test_a_bias_of_the_head_is_said_to_be_left_out(tmp_path):
+    """The values of a critic that was trained with a bias are shifted, without a word."""
+    folder = demo_folder(tmp_path / "critic")
+    make_critic(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({"value_head.bias": torch.ones(1)}))
+    (said,) = judge(critic=folder)
+    assert said.endswith("; not used: value_head.bias")
+
+
+def test_tensors_without_a_place_are_said(tmp_path):
+    """config.json names fewer layers than the folder holds: the policy is another, smaller model, without a word."""
+    folder = demo_folder(tmp_path / "model")
+    edit_config(folder, num_hidden_layers=3)
+    (said,) = judge(policy=folder)
+    assert "no place for tensors that are in the folder: model.layers.3." in said and said.endswith(" more")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    """A link to nothing in the hub's cache, whose download broke off: a traceback."""
+    folder = demo_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert "model.safetensors cannot be read: No such file" in refusal(policy=folder)
+
+
 def test_a_base_model_as_critic_has_no_head_to_leave_out(tmp_path):
     """The policy's output head is named as if a value head had been lost."""
     folder = demo_folder(tmp_path / "base")
