@@ -40,10 +40,16 @@ def model_content(folder):
     for name in PROVENANCE:
         settings.pop(name, None)
     content = {"config.json": json_hash(settings)}
-    present = [name for name in TOKENIZER_FILES if os.path.exists(f"{folder}/{name}")]
-    content["tokenizer"] = json_hash({name: file_hash(f"{folder}/{name}") for name in present})
-    shards = weight_files(folder, place)
-    content["weights"] = json_hash([weights_hash(folder, name, place) for name in shards])
+    tokenizer = {}
+    for name in TOKENIZER_FILES:
+        file = f"{folder}/{name}"
+        if os.path.exists(file):
+            tokenizer[name] = file_hash(file)
+    content["tokenizer"] = json_hash(tokenizer)
+    weights = []
+    for name in weight_files(folder, place):
+        weights.append(weights_hash(folder, name, place))
+    content["weights"] = json_hash(weights)
     if os.path.exists(f"{folder}/generation_config.json"):  # What else it holds is not used.
         end_tokens = read_dict(folder, "generation_config.json", place).get("eos_token_id")
         content["end tokens"] = json_hash(end_tokens)
@@ -51,17 +57,20 @@ def model_content(folder):
 
 
 def json_hash(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_hash(folder, name, place):
     """The hash of a safetensors file's header, its size, and 64 KiB at each of 16 fixed places of its data."""
     header = read_header(folder, name, place)
-    size = Path(folder, name).stat().st_size
-    digest = hashlib.sha256(json.dumps([size, header], sort_keys=True).encode())
-    with open(Path(folder, name), "rb") as file:
+    path = Path(folder, name)
+    size = path.stat().st_size
+    parts = []
+    with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")  # of the data
         for i in range(NUM_PLACES):
             file.seek(start + (size - start) * i // NUM_PLACES)
-            digest.update(file.read(PLACE_BYTES))
-    return digest.hexdigest()
+            part = file.read(PLACE_BYTES)
+            parts.append(hashlib.sha256(part).hexdigest())
+    return json_hash([size, header, parts])
