@@ -306,11 +306,9 @@ def check_vocabulary(tokenizer, config, place):
 
 def check_same_tokens(tokenizer, path, place, trust):
     """Raises UserError if the critic's folder brings a tokenizer to which the policy's ids mean other tokens."""
-    from transformers import AutoTokenizer
-
     if not any(os.path.exists(f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=trust).get_vocab()
+    theirs = read_tokenizer(path, place, trust).get_vocab()
     ours = tokenizer.get_vocab()
     for token in sorted(ours.keys() & theirs.keys()):
         if ours[token] != theirs[token]:
@@ -467,7 +465,8 @@ def read_models(cfg, log):
     """
     place = f"model={cfg.model!r}"
     config = read_config(cfg.model, place, cfg.trust_remote_code)
-    tokenizer = read_tokenizer(cfg, place)
+    tokenizer = read_tokenizer(cfg.model, place, cfg.trust_remote_code)
+    check_tokenizer(cfg, tokenizer, place)
     check_vocabulary(tokenizer, config, place)
     check_length(cfg, config, place)
     check_heads(cfg, config, place)
@@ -481,20 +480,23 @@ def read_models(cfg, log):
     return tokenizer, config
 
 
-def read_tokenizer(cfg, place):
-    """The policy's tokenizer. Raises UserError where it cannot be read, or cannot do what the run needs."""
+def read_tokenizer(path, place, trust):
+    """The tokenizer of a model folder. Raises UserError where it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:  # whatever its files, or its own code, make of it
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{place}: transformers cannot read its tokenizer: {reason}") from None
+
+
+def check_tokenizer(cfg, tokenizer, place):
+    """Raises UserError where the policy's tokenizer lacks what the run needs."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: its tokenizer names no end token (eos_token): no response could end")
     if cfg.prompt_template == "chat" and not tokenizer.chat_template:
         raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
-    return tokenizer
 
 
 def judge_network(kind, path, config, place, cfg, log):

@@ -180,7 +180,7 @@ BROKEN = {
         "its layer_types hold linear_attention",
     ),
 }
-POLICY_ONLY = {"a critic as policy", "broken tokenizer", "heads that tensor parallel does not divide"}
+POLICY_ONLY = {"a critic as policy", "heads that tensor parallel does not divide"}
 
 
 def refusal(**folders):

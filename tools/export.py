@@ -40,7 +40,7 @@ def export(folder, step, moved):
     if step not in saved:
         raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
     find_models(cfg, moved)
-    tokenizer = read_tokenizer(cfg, f"model={cfg.model!r}")
+    tokenizer = read_tokenizer(cfg.model, f"model={cfg.model!r}", cfg.trust_remote_code)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     log = Log(cfg)  # takes the lock of the run
     workers = WorkerGroup(cfg, log, start_ray(log), StopRequest())
