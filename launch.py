@@ -28,7 +28,7 @@ from data import prepare
 from data.content import run_content
 from data.load import check_references, load_questions, read_tasks, report_overlap, step_questions
 from data.models import local_model
-from log import Log
+from log import Log, outlive_terminal
 from reward import REFLECTION, Grader, extract_answer
 from tools import plan
 from workers import (
@@ -392,6 +392,7 @@ def report(error, log):
 
 
 def main(argv):
+    outlive_terminal()
     try:
         cfg = load(argv)
         if cfg.dry_run:
