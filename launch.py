@@ -24,11 +24,12 @@ from collections import Counter
 import numpy as np
 
 from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
+from data import prepare
 from data.content import run_content
-from data.load import load_questions, read_tasks, step_questions
+from data.load import check_references, load_questions, read_tasks, report_overlap, step_questions
 from data.models import local_model
 from log import Log
-from reward import REFLECTION, extract_answer
+from reward import REFLECTION, Grader, extract_answer
 from tools import plan
 from workers import (
     Cluster,
@@ -289,12 +290,16 @@ def start_cluster():
 
 def run(cfg, argv):
     """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
+    cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
+    cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     cfg.content = run_content(cfg)
     log = Log(cfg)
     try:
+        check_references(data, Grader(2), log.say)
+        report_overlap(cfg, data, log.say)
         tasks = read_tasks(cfg, data, log)
         return run_with_restarts(cfg, argv, tasks, log)
     except UserError:

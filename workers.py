@@ -298,10 +298,8 @@ class Worker:
             raise RuntimeError("vLLM is asleep: it generates after a sync only")
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
-        samples, verdicts = (
-            {},
-            {},
-        )  # place in `prompts` → what belongs there; an interrupted engine leaves places out
+        samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
+        verdicts = {}  # place in `prompts` → a Future of (correct, outcome)
         sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
         for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]
@@ -325,8 +323,7 @@ class Worker:
         if not self.is_first_of_engine:
             return [], ids_hash
         for place, sample in samples.items():
-            verdict, sample.graded = verdicts[place].result()
-            sample.correct = bool(verdict)
+            sample.correct, sample.graded = verdicts[place].result()
             sample.reward = float(sample.correct)
             sample.line = sample_line(sample, prompts[place][1].question)
         return [samples[place] for place in sorted(samples)], ids_hash
