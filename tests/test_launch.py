@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 
 import launch
+import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -37,12 +38,18 @@ RUN = [  # of the fixture `undisturbed`: six steps of the demo on two Workers, w
 DEADLINE = 300  # seconds, ten times what a quick run takes here
 
 
-def start(tmp_path, *arguments, config="configs/tiny.py"):
+def start(tmp_path, *arguments, config="configs/tiny.py", cwd=ROOT):
     """A run on a Ray of its own, in the background."""
-    command = [sys.executable, str(ROOT / "launch.py"), config, f"--out_dir={tmp_path}", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        str(ROOT / config),
+        f"--out_dir={tmp_path}",
+        *arguments,
+    ]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment)
 
 
 def finish(process, deadline=DEADLINE):
@@ -56,8 +63,8 @@ def finish(process, deadline=DEADLINE):
     return process.returncode, out, err
 
 
-def run(tmp_path, *arguments, config="configs/tiny.py"):
-    return finish(start(tmp_path, *arguments, config=config))
+def run(tmp_path, *arguments, **options):
+    return finish(start(tmp_path, *arguments, **options))
 
 
 def metrics(folder):
@@ -167,13 +174,33 @@ def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
 
 
 def test_any_config_in_debug_mode(tmp_path):
-    """Guards the ablations: a config of 32 GPUs runs here in a minute, on the demo's model; this one has no critic."""
-    code, out, err = run(tmp_path, "--debug=True", "--name=a", config="configs/orz_7b_grpo.py")
+    """Guards the ablations: a config of 32 GPUs runs here in a minute, on the demo's model; this one has no critic.
+
+    It is started in a folder of somebody's experiments, whose modules the Workers must leave alone.
+    """
+    here = tmp_path / "a [folder] of mine"
+    for module in ("reward", "workers", "model", "log", "data/load", "configs/load", "numpy/__init__"):
+        file = here / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"raise SystemExit('{module} of the current folder')")
+    code, out, err = run(tmp_path, "--debug=True", "--name=a", config="configs/orz_7b_grpo.py", cwd=here)
     assert code == 0, out + err
     rows = metrics(tmp_path / "a")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[3]["grad_norm_policy"] > 0
     assert (tmp_path / "a/policy/model.safetensors").exists() and not (tmp_path / "a/critic").exists()
     assert "values" not in rows[3]["seconds"] and "v_loss" not in rows[3]
+
+
+def test_workers_compare_every_module_of_the_project():
+    """A new module is imported by the Workers, and another of its name on some node goes unnoticed."""
+    script = "import sys, workers, ppo, rollout, packing, data.load; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    own = set()
+    for folder in (".", "configs", "data", "tools"):
+        for file in (ROOT / folder).glob("*.py"):
+            own.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    grading = {"equality"}  # of processes that the Workers start
+    assert own & set(done.stdout.split()) | grading == set(workers.MODULES)
 
 
 @pytest.mark.soak
