@@ -22,10 +22,19 @@ from collections import Counter
 
 import numpy as np
 
-from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
-from data.load import load_questions, local_model, read_tasks, step_questions
+from configs.load import (
+    ROOT,
+    UserError,
+    check_has_questions,
+    has_critic,
+    has_reference,
+    load,
+    updates_per_step,
+    without_effect,
+)
+from data.load import load_questions, local_model, read_tasks, step_questions, task_questions
 from log import Log
-from reward import extract_answer
+from reward import Grader, extract_answer, task_file
 from tools import plan
 from workers import (
     Cluster,
@@ -134,7 +143,7 @@ def mean(values):
 
 
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
-UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
+UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed", "task_error")
 
 # ORZ's reflection patterns, as reward.response_stats counts them.
 REFLECTION = ("wait", "recheck", "retry", "alternatively", "however")
@@ -277,11 +286,20 @@ def start_cluster():
 
 def run(cfg, argv):
     """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
-    data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
+    # A task file that cannot be loaded, and data that cannot be read, end the run before it has begun.
+    grader = Grader(1, task_file(cfg, cfg.task))
+    has_own_questions = "questions" in grader.task_functions
+    data = {} if has_own_questions else load_data(cfg)
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     log = Log(cfg)
     try:
+        if cfg.wandb:
+            log.check_wandb()
+        if has_own_questions:
+            use_task_questions(cfg, grader, log)
+            data = load_data(cfg)
+        del grader  # Its process ends, with all that the task file has loaded.
         tasks = read_tasks(cfg, data, log)
         return run_with_restarts(cfg, argv, tasks, log)
     except UserError:
@@ -290,6 +308,21 @@ def run(cfg, argv):
     except Exception as error:
         report(error, log)
         return 1
+
+
+def load_data(cfg):
+    """The questions of all files: path → Questions."""
+    check_has_questions(cfg)
+    return {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
+
+
+def use_task_questions(cfg, grader, log):
+    """Let the questions that the task file gives take the place of train_data and eval_data."""
+    if cfg.train_data or cfg.eval_data:
+        log.say("without effect: train_data and eval_data, because the task file has questions of its own")
+    folder = log.dir / "questions"
+    cfg.train_data = [] if cfg.eval_only else task_questions(grader, "train", folder)
+    cfg.eval_data = task_questions(grader, "eval", folder)
 
 
 def run_with_restarts(cfg, argv, tasks, log):
