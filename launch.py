@@ -13,6 +13,7 @@ In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, 
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
+import contextlib
 import os
 import secrets
 import socket
@@ -32,9 +33,11 @@ from configs.load import (
     updates_per_step,
     without_effect,
 )
-from data.load import load_questions, local_model, read_tasks, step_questions, task_questions
+from data.content import run_content
+from data.load import load_questions, read_tasks, step_questions, task_questions
+from data.models import local_model
 from log import Log
-from reward import Grader, extract_answer, task_file
+from reward import REFLECTION, Grader, extract_answer, task_file
 from tools import plan
 from workers import (
     Cluster,
@@ -68,7 +71,8 @@ def train(cfg, workers, tasks, log):
 
         # Pack: whole samples laid end to end, the same work on every rank.
         batch = Batch(samples)
-        forward_plan = plan_samples(batch, range(len(samples)), cfg, tasks.hidden_size)
+        everything = range(len(samples))
+        forward_plan = plan_samples(batch, everything, cfg, tasks.hidden_size)
 
         # Log-probs of the policy before its updates and of the reference model, where a setting needs them.
         if cfg.kl_coef or updates_per_step(cfg, "policy") > 1:
@@ -85,10 +89,8 @@ def train(cfg, workers, tasks, log):
 
         # Critic: every sample once, split at random into critic_updates_per_step updates.
         if has_critic(cfg):
-            rng = rng_for(cfg.seed, step, "critic")
-            plans = plan_updates(
-                batch, range(len(samples)), cfg.critic_updates_per_step, rng, cfg, tasks.hidden_size
-            )
+            rng, num_updates = rng_for(cfg.seed, step, "critic"), cfg.critic_updates_per_step
+            plans = plan_updates(batch, everything, num_updates, rng, cfg, tasks.hidden_size)
             metrics |= workers.update("critic", batch, plans)
 
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
@@ -145,9 +147,6 @@ def mean(values):
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed", "task_error")
 
-# ORZ's reflection patterns, as reward.response_stats counts them.
-REFLECTION = ("wait", "recheck", "retry", "alternatively", "however")
-
 
 def response_metrics(samples):
     """What the responses were like. A length is None where there is no such response."""
@@ -157,13 +156,15 @@ def response_metrics(samples):
         "reward": mean(sample.reward for sample in samples),
         "accuracy": mean(sample.correct for sample in samples),
     }
-    for name, lengths in {"": right + wrong, "_right": right, "_wrong": wrong}.items():
-        metrics[f"response_tokens{name}"] = mean(lengths)
-        metrics[f"response_tokens{name}_std"] = float(np.std(lengths)) if lengths else None
-    reflections = [sum(sample.stats.get(word, 0.0) for word in REFLECTION) for sample in samples]
-    reflecting = [sample for sample, count in zip(samples, reflections) if sample.correct and count > 0]
-    metrics["reflection"] = mean(reflections)
-    metrics["response_tokens_right_reflecting"] = mean(len(sample.response_ids) for sample in reflecting)
+    all_lengths = {
+        "response_tokens": right + wrong,
+        "response_tokens_right": right,
+        "response_tokens_wrong": wrong,
+    }
+    for name, lengths in all_lengths.items():
+        metrics[name] = mean(lengths)
+        metrics[f"{name}_std"] = float(np.std(lengths)) if lengths else None
+    metrics |= reflection_metrics(samples)
     for name in samples[0].stats:
         metrics[name] = mean(sample.stats[name] for sample in samples)
     for outcome in UNGRADED:
@@ -171,14 +172,23 @@ def response_metrics(samples):
     return metrics
 
 
+def reflection_metrics(samples):
+    """How often a response reflects, and how long right responses are that do (ORZ's paper, Figure 4)."""
+    counts, lengths = [], []
+    for sample in samples:
+        count = sum(sample.stats.get(word, 0.0) for word in REFLECTION)
+        counts.append(count)
+        if sample.correct and count > 0:
+            lengths.append(len(sample.response_ids))
+    return {"reflection": mean(counts), "response_tokens_right_reflecting": mean(lengths)}
+
+
 def group_metrics(batch, group_size):
     """What a question's responses have in common: whether one of them is right, whether all have one reward."""
     correct = batch.correct.reshape(-1, group_size)  # [prompts, G]
     rewards = batch.rewards.reshape(-1, group_size)
-    return {
-        "pass_at_n": float(correct.any(axis=1).mean()),
-        "equal_groups": float((rewards.min(axis=1) == rewards.max(axis=1)).mean()),
-    }
+    is_equal = rewards.min(axis=1) == rewards.max(axis=1)  # [prompts]
+    return {"pass_at_n": mean(correct.any(axis=1)), "equal_groups": mean(is_equal)}
 
 
 def evaluate(cfg, workers, tasks, log, step):
@@ -241,9 +251,11 @@ def start_ray(log):
                 f"Ray cannot start processes where a path has a space: move the project from {path!r}"
             )
     address = os.environ.get("RAY_ADDRESS", "auto")
-    context = None if address == "local" else join_cluster(address)
-    how = "joined" if context else "started"
-    context = context or start_cluster()
+    # Ray puts the current folder first on a Worker's path, and a reward.py there would be imported in place of ours.
+    with contextlib.chdir(ROOT):
+        context = None if address == "local" else join_cluster(address)
+        how = "joined" if context else "started"
+        context = context or start_cluster()
     log.say(f"{how} the Ray cluster at {context.address_info['gcs_address']}")
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     return Cluster(has_gpus, context.address_info["session_dir"])
@@ -289,15 +301,20 @@ def run(cfg, argv):
     # A task file that cannot be loaded, and data that cannot be read, end the run before it has begun.
     grader = Grader(1, task_file(cfg, cfg.task))
     has_own_questions = "questions" in grader.task_functions
+    if has_own_questions:
+        cfg.train_data = cfg.eval_data = []
     data = {} if has_own_questions else load_data(cfg)
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
+    cfg.content = run_content(cfg)
     log = Log(cfg)
     try:
         if cfg.wandb:
             log.check_wandb()
         if has_own_questions:
-            use_task_questions(cfg, grader, log)
+            folder = log.dir / "questions"
+            cfg.train_data = [] if cfg.eval_only else task_questions(grader, "train", folder)
+            cfg.eval_data = task_questions(grader, "eval", folder)
             data = load_data(cfg)
         del grader  # Its process ends, with all that the task file has loaded.
         tasks = read_tasks(cfg, data, log)
@@ -314,15 +331,6 @@ def load_data(cfg):
     """The questions of all files: path → Questions."""
     check_has_questions(cfg)
     return {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
-
-
-def use_task_questions(cfg, grader, log):
-    """Let the questions that the task file gives take the place of train_data and eval_data."""
-    if cfg.train_data or cfg.eval_data:
-        log.say("without effect: train_data and eval_data, because the task file has questions of its own")
-    folder = log.dir / "questions"
-    cfg.train_data = [] if cfg.eval_only else task_questions(grader, "train", folder)
-    cfg.eval_data = task_questions(grader, "eval", folder)
 
 
 def run_with_restarts(cfg, argv, tasks, log):

@@ -31,8 +31,9 @@ TOOLS = ROOT / "tools"
 # because settings, metrics, checkpoints or random numbers have another meaning.
 RUN_VERSION = 2
 
-# Settings that may differ when a run goes on: how long, how fast, how often. Any other would make it another run.
-MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
+# Settings that may differ when a run goes on: how long, how fast, how often, and paths, in whose place the content counts.
+# Any other would make it another run.
+MAY_CHANGE = """model critic_model train_data content steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
     name versions commit trust_remote_code task task_memory_gb wandb""".split()
 
@@ -136,8 +137,8 @@ class Log:
         task = task_file(cfg, cfg.task)
         try:
             self.new = not files_in(self.dir)
+            self.new_parents = [folder for folder in self.dir.parents if not folder.exists()]
             check_same_run(self.dir, settings)
-            check_same_task(task_copy(cfg), task.text if task else "")
             self.make_folder(settings, task)
         except BlockingIOError:
             raise UserError(f"{self.dir}: another process is at work in it") from None
@@ -158,11 +159,12 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, unless it was there before."""
+        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before."""
         if self.new:
             shutil.rmtree(self.dir)
-            if not os.listdir(self.dir.parent):
-                self.dir.parent.rmdir()
+            for folder in self.new_parents:
+                if not os.listdir(folder):
+                    folder.rmdir()
 
     # ---- Files -------------------------------------------------------------------------------------------------
 
@@ -444,20 +446,23 @@ def check_same_run(folder, settings):
     for name in sorted(settings):
         if before[name] != settings[name] and name not in MAY_CHANGE:
             changed.append(f"{name}={before[name]!r}")
+    changed += changed_content(before.get("content", {}), settings.get("content", {}))
     if changed:
         raise UserError(f"{folder} is a run with {', '.join(changed)}: choose another --name")
 
 
-def check_same_task(copy, text):
-    """Raise UserError if the run began with a task file of another text, or with one where there is none now.
-
-    copy: the path of the run's own copy, which need not exist. text: of the task file now, "" without one.
-    """
-    before = copy.read_text(encoding="utf-8") if copy.exists() else ""
-    began = "config.json" in files_in(copy.parent)
-    if began and before != text:
-        which = f"another task file, which is {copy}" if before else "no task file"
-        raise UserError(f"{copy.parent} was begun with {which}: choose another --name")
+def changed_content(before, content):
+    """What differs between the hashes of two runs' content (data/content.py), as texts."""
+    changed = []
+    for name in content:
+        if content[name] == before.get(name):
+            continue
+        parts = ""
+        if isinstance(content[name], dict):
+            differing = [part for part in content[name] if content[name][part] != before[name].get(part)]
+            parts = f" (other {', '.join(differing)})"
+        changed.append(f"another {name}{parts}")
+    return changed
 
 
 def read_settings(folder):
@@ -551,10 +556,14 @@ def find_warnings(metrics, previous_drift_means):
     return found
 
 
+# Drift up to here is rounding in fp32, where it changes several-fold from step to step and means nothing.
+ROUNDING_DRIFT = 1e-4
+
+
 def drift_warning(drift_mean, previous_drift_means):
     """A warning if the drift is over three times the median of the ten steps before; None before there are ten."""
     last_ten = previous_drift_means[-10:]
-    if drift_mean is None or len(last_ten) < 10:
+    if drift_mean is None or drift_mean <= ROUNDING_DRIFT or len(last_ten) < 10:
         return None
     median = statistics.median(last_ten)
     if drift_mean <= 3 * median:

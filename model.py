@@ -18,28 +18,41 @@ Shapes: T tokens of a pack, N response tokens of it, B samples, K the sum of the
 """
 
 import inspect
+import json
+import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data.models import VALUE_HEAD, auto_class, dropout_settings, is_token_id, network_without_memory
 
 # Logits held at once. 2^28 fp32 numbers are 1 GiB: 1,766 tokens of a 151,936-word vocabulary.
 MAX_LOGITS = 2**28
 
 
-def packed_attention(_, query, key, value, mask, scaling, pack, sliding_window=None, **__):
+# What transformers gives to the attention of some architectures beside its inputs: it changes the scores.
+NOT_PLAIN = ("softcap", "s_aux", "position_bias", "score_mod")
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling, pack, sliding_window=None, **options
+):
     """Causal attention inside each sample of a pack, in the signature that transformers calls.
 
     query [1, A, T, D], key and value [1, A_kv, T, D]; returns [1, T, A, D] and no weights. A sample's last query stands at
-    its last key.
+    its last key. Raises ValueError for an attention that is more than softmax(q·k) v.
     """
+    if not getattr(module, "is_causal", True):
+        raise ValueError("this architecture's attention sees later tokens, too: it cannot be trained here")
+    for name in NOT_PLAIN:
+        if options.get(name) is not None:
+            raise ValueError(f"this architecture gives {name} to its attention: it cannot be trained here")
     query = query[0].transpose(0, 1)  # [T, A, D]
     key = key[0].transpose(0, 1)  # [T, A_kv, D]
     value = value[0].transpose(0, 1)  # [T, A_kv, D]
@@ -187,48 +200,75 @@ def hidden_states(backbone, pack):
 # ---- Hugging Face in and out -------------------------------------------------------------------------------------
 
 
-def auto_class(kind):
-    return AutoModel if kind == "critic" else AutoModelForCausalLM
-
-
 def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=False):
     """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own).
 
-    Python code in the folder is run only with `trust`; a model that needs it is refused (ValueError) without.
+    Python code in the folder is run only with `trust`; a model that needs it is refused (ValueError) without. Raises
+    ValueError, too, where the folder has no tensor for a parameter.
     """
-    hf = auto_class(kind).from_pretrained(
-        path, dtype=dtype, attn_implementation="packed", trust_remote_code=trust
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    for name in dropout_settings(config):
+        setattr(config, name, 0.0)  # data/load.py has said so
+    hf, loading = auto_class(kind).from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation="packed",
+        trust_remote_code=trust,
+        generation_config=token_ids(path),
+        output_loading_info=True,
     )
+    if loading["missing_keys"]:
+        raise ValueError(f"{path}: has no tensors for {sorted(loading['missing_keys'])[:9]}")
     # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
     hf.base_model.do_not_compile = True
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    hf.train()  # transformers checkpoints activations only in training mode; dropout is 0 in these models
+    hf.train()  # transformers checkpoints activations only in training mode; dropout is 0
     if kind != "critic":
         return Policy(hf)
     critic = Critic(hf, seed)
     for tensors in weight_files(path):
-        if "value_head.weight" in tensors.keys():
-            critic.value_head.weight.data.copy_(tensors.get_tensor("value_head.weight"))
+        if VALUE_HEAD in tensors.keys():
+            # ORZ published a head of the shape [8, H / 8].
+            critic.value_head.weight.data.copy_(tensors.get_tensor(VALUE_HEAD).reshape(1, -1))
     return critic
+
+
+def token_ids(path):
+    """The token ids of a folder's config.json and generation_config.json, as a GenerationConfig without anything else.
+
+    What else it may hold are defaults of sampling. An exported policy must not keep them: vLLM as a server would cut every
+    answer at a base model's max_new_tokens. And transformers refuses to save some of what hub models have there.
+    """
+    named = {}
+    for name in ("config.json", "generation_config.json"):
+        file = os.path.join(path, name)
+        if os.path.exists(file):
+            with open(file, encoding="utf-8") as content:
+                named |= json.load(content)
+    kept = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = named.get(name)
+        if is_token_id(ids) or isinstance(ids, list):
+            kept[name] = ids
+    return GenerationConfig(**kept)
 
 
 def weight_files(path):
     """Yield every safetensors file of a model folder, open for reading."""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(path, name), framework="pt") as tensors:
+                yield tensors
 
 
 def plain_buffers(kind, path, dtype, trust=False):
     """The floating buffers of the model as plain `from_pretrained` would load it: {name: tensor}, on the CPU.
 
-    A model is built from config.json. Its parameters have no memory, so this takes less than a second for a model of any
-    size. Call it where no HfDeepSpeedConfig exists, because DeepSpeed would round these buffers, too.
+    Call it where no HfDeepSpeedConfig exists, because DeepSpeed would round these buffers, too.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    with init_empty_weights(include_buffers=False):
-        hf = auto_class(kind).from_config(config, dtype=dtype, trust_remote_code=trust)
+    hf = network_without_memory(kind, path, dtype, trust)
     buffers = floating_buffers(hf)
     # Persistent buffers are read from the weight files, where their names may have another prefix.
     prefix = f"{hf.base_model_prefix}."
@@ -293,7 +333,4 @@ def inner_model(network):
 
 def save_pretrained(network, state_dict, folder):
     """Write `state_dict` (Hugging Face name → whole tensor) as a folder of safetensors."""
-    hf = inner_model(network)
-    if hf.can_generate():
-        hf.generation_config.do_sample = True  # else a temperature in it, as some models have, is refused
-    hf.save_pretrained(folder, state_dict=state_dict)
+    inner_model(network).save_pretrained(folder, state_dict=state_dict)

@@ -47,22 +47,27 @@ from packing import make_pack
 def set_advantages(batch, cfg):
     """Give the batch its advantages, and where there is a critic the returns that it learns. Returns metrics."""
     if not has_critic(cfg):
-        groups = batch.rewards.reshape(
-            -1, cfg.samples_per_prompt
-        )  # [prompts, G]: samples stand in their order
-        advantages = GROUP_ADVANTAGES[cfg.advantage](groups, batch.response_lens)
-        batch.advantages = advantages
-        return {"advantage_abs": float(np.abs(advantages).mean())}
+        # The samples stand in the order of their prompts.
+        groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
+        group_advantages = GROUP_ADVANTAGES[cfg.advantage]
+        batch.advantages = group_advantages(groups, batch.response_lens)
+        return {"advantage_abs": mean_abs(batch.advantages)}
     rewards = token_rewards(batch, cfg.kl_coef)
-    advantages, batch.returns = gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.lam)
+    values, response_lens = batch.values, batch.response_lens
+    advantages, batch.returns = gae(rewards, values, response_lens, cfg.gamma, cfg.lam)
     if cfg.critic_lam != cfg.lam:  # decoupled GAE (VAPO, arXiv 2504.05118, section 4.1)
-        _, batch.returns = gae(rewards, batch.values, batch.response_lens, cfg.gamma, cfg.critic_lam)
+        _, batch.returns = gae(rewards, values, response_lens, cfg.gamma, cfg.critic_lam)
     batch.advantages = normalise(advantages) if cfg.normalise_advantages else advantages
     return {
-        "explained_var": explained_variance(batch.values, batch.returns),
-        "value_mean": float(batch.values.mean(dtype=np.float64)),
-        "advantage_abs": float(np.abs(advantages).mean(dtype=np.float64)),
+        "explained_var": explained_variance(values, batch.returns),
+        "value_mean": float(values.mean(dtype=np.float64)),
+        "advantage_abs": mean_abs(advantages),
     }
+
+
+def mean_abs(advantages):
+    """Mean |Â| over all tokens."""
+    return float(np.abs(advantages).mean(dtype=np.float64))
 
 
 def token_rewards(batch, kl_coef=0.0):
@@ -129,14 +134,18 @@ def dr_grpo(groups, response_lens):
 
 def grpo(groups, response_lens):
     """(r − mean(r)) / std(r) (GRPO, arXiv 2402.03300, section 4.1.2). Its loss averages by response."""
-    std = groups.std(axis=1).repeat(groups.shape[1])  # [B]
-    return dr_grpo(groups, response_lens) / np.repeat(std + 1e-6, response_lens)
+    mean = groups.mean(axis=1, keepdims=True)
+    std = groups.std(axis=1, keepdims=True)
+    relative = (groups - mean) / (std + 1e-6)  # [prompts, G]
+    return np.repeat(relative.ravel(), response_lens)
 
 
 def rloo(groups, response_lens):
-    """r_i − Σ_{j≠i} r_j / (G − 1) (RLOO, arXiv 2402.14740, "REINFORCE Leave-One-Out"), which is G / (G − 1) · (r − mean(r))."""
+    """r_i − Σ_{j≠i} r_j / (G − 1) (RLOO, arXiv 2402.14740, "REINFORCE Leave-One-Out")."""
     group_size = groups.shape[1]
-    return dr_grpo(groups, response_lens) * np.float32(group_size / (group_size - 1))
+    sum_of_others = groups.sum(axis=1, keepdims=True) - groups
+    relative = groups - sum_of_others / (group_size - 1)  # [prompts, G]
+    return np.repeat(relative.ravel(), response_lens)
 
 
 def reinforce(groups, response_lens):
@@ -147,22 +156,27 @@ def reinforce(groups, response_lens):
     return normalise(dr_grpo(groups, response_lens))
 
 
-GROUP_ADVANTAGES = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce": reinforce}
+GROUP_ADVANTAGES = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce": reinforce,
+}
 
 
 # ---- Which responses the policy is trained on --------------------------------------------------------------------
 
 
 def policy_samples(batch, cfg):
-    """The samples that the policy is trained on, as indices [at most B]: all, unless a setting leaves some out."""
+    """The samples that the policy is trained on, as indices: all, unless a setting leaves some out."""
     kept = np.ones(len(batch.rewards), bool)  # [B]
-    if (
-        cfg.drop_equal_groups
-    ):  # These teach a policy nothing by comparison (DAPO, arXiv 2503.14476, section 3.2).
-        groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)
-        differ = groups.min(axis=1) < groups.max(axis=1)  # [prompts]
+    if cfg.drop_equal_groups:
+        # By comparison these teach nothing (DAPO, arXiv 2503.14476, section 3.2, which samples others instead).
+        groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
+        differ = groups.min(axis=1) < groups.max(axis=1)
         kept &= differ.repeat(cfg.samples_per_prompt)
-    if cfg.drop_cut_off:  # Their reward of 0 may be for a right train of thought (DAPO, section 3.4).
+    if cfg.drop_cut_off:
+        # A reward of 0 says nothing about a train of thought that had no time to end (DAPO, section 3.4).
         kept &= ~batch.cut_off
     return np.flatnonzero(kept)
 
@@ -213,18 +227,28 @@ def importance_weights(log_ratio, response_lens, cfg):
     if any(cfg.importance_token_band):
         weights = weights * inside(ratio, cfg.importance_token_band)
     if any(cfg.importance_response_band):
-        geometric_means = torch.empty_like(ratio)  # [N]: of each token's response
-        for part, mean in zip(log_ratio.split(response_lens), geometric_means.split(response_lens)):
-            mean.fill_(part.mean().exp())
-        weights = weights * inside(geometric_means, cfg.importance_response_band)
-    truncated = ratio > (cfg.importance_cap or np.inf)
-    return weights, {"importance_truncated": truncated, "importance_masked": weights == 0}
+        geometric_mean = response_means(log_ratio, response_lens).exp()  # [N]
+        weights = weights * inside(geometric_mean, cfg.importance_response_band)
+    shares = {
+        "importance_truncated": ratio > (cfg.importance_cap or np.inf),
+        "importance_masked": weights == 0,
+    }
+    return weights, shares
 
 
 def inside(ratio, band):
     """1.0 where the ratio is in the band, else 0.0."""
     low, high = band
-    return ((low <= ratio) & (ratio <= high)).to(ratio.dtype)
+    is_inside = (low <= ratio) & (ratio <= high)
+    return is_inside.to(ratio.dtype)
+
+
+def response_means(values, response_lens):
+    """The mean over its response at each token: values [N], of responses of these lengths laid end to end → [N]."""
+    means = [values[:0]]  # A pack may be empty.
+    for part in values.split(response_lens):
+        means.append(part.mean().expand(len(part)))
+    return torch.cat(means)
 
 
 def num_response_tokens(batch, plan):
@@ -436,18 +460,22 @@ class Learner:
 
         is_first: this is the step's first update, whose weights are those that vLLM sampled with.
         """
-        cfg, is_only_update = self.cfg, updates_per_step(self.cfg, "policy") == 1
+        cfg = self.cfg
+        is_only_update = updates_per_step(cfg, "policy") == 1
         fields = ["advantages", "logprobs"]
-        fields += [] if is_only_update else ["old_logprobs"]
-        fields += ["ref_logprobs"] if cfg.kl_loss_coef else []
+        if not is_only_update:
+            fields.append("old_logprobs")
+        if cfg.kl_loss_coef:
+            fields.append("ref_logprobs")
         pack = make_pack(batch, indices, self.device, fields)
         logprobs, entropy = self.engine(pack, cfg.temperature)  # [N] each
         # Strictly on-policy, the old log-probs are the new ones: they need no pass of their own, and the ratio is 1.
         old_logprobs = logprobs.detach() if is_only_update else pack["old_logprobs"]
         advantages, clip_eps = pack["advantages"], cfg.clip_eps
         clip_eps_high = cfg.clip_eps_high or clip_eps
+        response_lens = batch.response_lens[indices]  # [B]
         loss, ratio = policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high)
-        correct = np.repeat(batch.correct[indices], batch.response_lens[indices])  # [N]
+        correct = np.repeat(batch.correct[indices], response_lens)  # [N]
         correct = torch.from_numpy(correct).to(self.device)
         vectors = {
             "entropy": entropy,
@@ -460,21 +488,28 @@ class Learner:
             vectors["clipfrac_low"] = (ratio < 1 - clip_eps) & (advantages < 0)
             vectors["clipfrac_high"] = (ratio > 1 + clip_eps_high) & (advantages > 0)
             vectors["approx_kl"] = kl_estimate(logprobs - old_logprobs)
+        loss, loss_vectors = self.vary_loss(loss, logprobs, old_logprobs, pack, response_lens)
+        return loss, vectors | loss_vectors
 
-        # The variants: a weight per token, a KL term, the average.
-        response_lens = batch.response_lens[indices].tolist()  # [B]
-        if cfg.importance_cap or any(cfg.importance_token_band) or any(cfg.importance_response_band):
+    def vary_loss(self, loss, logprobs, old_logprobs, pack, response_lens):
+        """What a setting adds to PPO's loss per token: a weight, a KL term, an average that is not over tokens.
+
+        loss, logprobs and old_logprobs are [N], response_lens is [B]. Returns the loss and vectors, as policy_terms.
+        """
+        cfg, vectors = self.cfg, {}
+        if cfg.importance_cap or any(cfg.importance_token_band + cfg.importance_response_band):
             log_ratio = old_logprobs - pack["logprobs"]  # [N]
-            weights, shares = importance_weights(log_ratio, response_lens, cfg)
+            weights, shares = importance_weights(log_ratio, response_lens.tolist(), cfg)
             loss = loss * weights
             vectors |= shares
         vectors["pg_loss"] = loss
         if cfg.kl_loss_coef:
-            vectors["kl_loss"] = kl_estimate(pack["ref_logprobs"] - logprobs, cfg.kl_estimator)
-            loss = loss + cfg.kl_loss_coef * vectors["kl_loss"]
+            kl_loss = kl_estimate(pack["ref_logprobs"] - logprobs, cfg.kl_estimator)  # [N]
+            loss = loss + cfg.kl_loss_coef * kl_loss
+            vectors["kl_loss"] = kl_loss
         if cfg.loss_average == "response":
-            lengths = np.repeat(response_lens, response_lens)  # [N]: each token's response
-            loss = loss / torch.from_numpy(lengths).to(self.device)
+            length_of_response = np.repeat(response_lens, response_lens)  # [N]
+            loss = loss / torch.from_numpy(length_of_response).to(self.device)
         return loss, vectors
 
     def critic_terms(self, batch, indices):
@@ -526,10 +561,11 @@ class Learner:
         """Take the weights of another Learner of the same network."""
         import deepspeed
 
-        own = {name.removeprefix("hf."): parameter for name, parameter in self.network.named_parameters()}
+        own = dict(self.network.named_parameters())
         for name, tensor in other.weights():
-            with deepspeed.zero.GatheredParameters([own[name]], modifier_rank=0):
-                own[name].data.copy_(tensor)
+            parameter = own[f"hf.{name}"]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(tensor)
 
     def export(self, folder):
         """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""

@@ -10,8 +10,12 @@ first engine, the next tp the second. Every rank of such a group holds a schedul
 calls with the same prompts and the same seed. Every vLLM call of this project is in this file.
 """
 
+import contextlib
 import gc
+import glob
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,24 +49,25 @@ class Rollout:
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
         self.interrupted = False  # set from another thread where the run is to end
         gc.freeze()  # vLLM looks for garbage again and again as it starts: not through all that has been imported
-        self.llm = LLM(
-            path,
-            dtype=str(dtype).removeprefix("torch."),
-            trust_remote_code=cfg.trust_remote_code,
-            tensor_parallel_size=cfg.tensor_parallel,
-            distributed_executor_backend="external_launcher",
-            max_model_len=context_tokens(cfg),
-            max_num_seqs=cfg.max_num_seqs,
-            max_num_batched_tokens=cfg.max_num_batched_tokens,
-            gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # on a GPU, what that share leaves
-            enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
-            block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
-            enable_sleep_mode=self.on_gpu,
-            enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
-            generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
-        )
+        with plain_path(path) as folder:
+            self.llm = LLM(
+                folder,
+                dtype=str(dtype).removeprefix("torch."),
+                trust_remote_code=cfg.trust_remote_code,
+                tensor_parallel_size=cfg.tensor_parallel,
+                distributed_executor_backend="external_launcher",
+                max_model_len=context_tokens(cfg),
+                max_num_seqs=cfg.max_num_seqs,
+                max_num_batched_tokens=cfg.max_num_batched_tokens,
+                gpu_memory_utilization=cfg.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # on a GPU, what that share leaves
+                enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
+                block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
+                enable_sleep_mode=self.on_gpu,
+                enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
+                generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
+            )
         self.engine = self.llm.llm_engine
         self.end_tokens = end_tokens(path)
         self.model = self.llm.apply_model(lambda model: model)[0]
@@ -146,6 +151,17 @@ class Rollout:
         """Take back the GPU memory of "weights" or "kv_cache"."""
         if self.on_gpu:
             self.llm.wake_up(tags=[what])
+
+
+@contextlib.contextmanager
+def plain_path(path):
+    """The path; or a link to it, if vLLM would take brackets in it for a pattern of names and find no file."""
+    if glob.escape(path) == path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.abspath(path), f"{folder}/model")
+        yield f"{folder}/model"
 
 
 def checksum(tensor):

@@ -15,7 +15,8 @@ A Learner that waits does so in CPU memory, or on the GPU where fits_beside_vllm
 neither weights nor KV cache. This file imports torch, Ray and vLLM only inside functions.
 """
 
-import json
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ import numpy as np
 from rich.progress import Progress
 
 from configs.load import ROOT, UserError, eval_response_tokens, has_critic, has_reference
+from data.models import safetensors_header
 from log import installed, sample_line
 from reward import Grader, response_stats, task_file
 from tools import gpu_machine
@@ -70,6 +72,19 @@ def saved_networks(cfg):
     """The networks of a checkpoint: those that learn, and a reference model that follows the policy."""
     follows = has_reference(cfg) and cfg.update_ref_every > 0
     return [*learned_networks(cfg), *(["reference"] if follows else [])]
+
+
+# The modules that a Worker imports, and what these import of the project.
+MODULES = """workers ppo rollout model reward packing log configs.load data.load data.models tools.gpu_machine""".split()
+
+
+def own_code():
+    """The project's modules as this process finds them: name → (file, a hash of its content)."""
+    code = {}
+    for name in MODULES:
+        file = importlib.util.find_spec(name).origin
+        code[name] = (file, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    return code
 
 
 class Stopped(Exception):
@@ -151,10 +166,16 @@ class Worker:
         with socket.create_server(("", 0)) as server:
             return ray.util.get_node_ip_address(), server.getsockname()[1]
 
+    def code(self):
+        """The code that this Worker runs, as own_code returns it."""
+        return own_code()
+
     def gpu_memory(self):
-        """GiB of this Worker's GPU."""
+        """GiB of this Worker's GPU. Raises RuntimeError, naming the node, where torch does not see it."""
+        import ray
         import torch
 
+        gpu_machine.check_worker(ray.util.get_node_ip_address())
         return torch.cuda.get_device_properties(self.gpu_index()).total_memory / 2**30
 
     def gpu_index(self):
@@ -415,6 +436,7 @@ class WorkerGroup:
             }
             self.handles.append(actor.options(**options).remote(cfg, rank))
         self.addresses = self.first_answers()
+        self.check_code()
 
     def first_answers(self):
         """(node, free port) of each Worker. Raises where they do not start, with the last that Ray's own log says."""
@@ -431,6 +453,15 @@ class WorkerGroup:
                 raise
             way_out = "start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…, or set RAY_AUTH_MODE=disabled here"
             raise UserError(f"the Ray cluster was started without this run's token: {way_out}") from error
+
+    def check_code(self):
+        """Raises UserError unless all Workers run this process's code: another reward.py would give other rewards."""
+        own = own_code()
+        for (node, _), code in zip(self.addresses, self.watch("code")):
+            for name, (file, content) in code.items():
+                if content != own[name][1]:
+                    reason = f"the Worker on {node} would run {file}, which differs from {own[name][0]} here"
+                    raise UserError(f"{reason}: give all nodes the same code")
 
     def gpu_memory(self):
         """GiB of the first Worker's GPU."""
@@ -685,28 +716,14 @@ def newest_whole_checkpoint(cfg, log):
 
 def checkpoint_fault(folder, cfg):
     """What is wrong with the files of a checkpoint; None where they are whole."""
-    for kind in learned_networks(cfg):
+    for kind in saved_networks(cfg):
         for rank in range(cfg.workers):
-            fault = safetensors_fault(f"{folder}/{kind}_{rank}.safetensors")
-            if fault:
-                return fault
+            file = f"{folder}/{kind}_{rank}.safetensors"
+            try:
+                safetensors_header(file)
+            except (OSError, ValueError) as error:
+                return f"{file} {getattr(error, 'strerror', None) or error}"
     return None
-
-
-def safetensors_fault(path):
-    """What is wrong with a safetensors file, by its header and its size; None where it is whole."""
-    try:
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(header_size, 100_000_000)))
-            header.pop("__metadata__", None)
-            expected = 8 + header_size + max(tensor["data_offsets"][1] for tensor in header.values())
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{path} is not a safetensors file"
-    size = os.path.getsize(path)
-    return None if size == expected else f"{path} has {size:,} bytes instead of {expected:,}"
 
 
 def remove_leftover_segments():

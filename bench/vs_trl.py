@@ -141,10 +141,10 @@ def prompts_of(arguments, steps):
     cfg = load(arguments)
     data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
     tasks = read_tasks(cfg, data, SimpleNamespace(say=print))
-    chosen = [
-        i for n in range(steps) for i in step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, n)
-    ]
-    ids = [tasks.train[i].ids.tolist() for i in chosen]
+    ids = []
+    for step in range(steps):
+        for i in step_questions(len(tasks.train), cfg.prompts_per_step, cfg.seed, step):
+            ids.append(tasks.train[i].ids.tolist())
     return cfg, [tasks.tokenizer.decode(row) for row in ids], ids
 
 
@@ -176,23 +176,26 @@ def compare(python, arguments, steps, at_once):
             hello = reply()
             assert hello["prompt_ids"] == prompt_ids, "TRL reads other prompts"
 
-            def turn(workers):
+            def turn(_):
                 trl.stdin.write("step\n")
                 return {"trl": reply()}
 
             rows = step.measured_run(arguments, turn)
-    theirs = [row["trl"]["seconds"] for row in rows[1:]]
-    lengths = {length for row in rows for length in row["trl"]["response_tokens"] + row["response_tokens"]}
-    assert lengths == {TOKENS}, f"responses of {lengths} tokens"
+    for row in rows:
+        lengths = {"ours": row["response_tokens"], "trl": row["trl"]["response_tokens"]}
+        assert lengths == {"ours": [TOKENS], "trl": [TOKENS]}, f"responses of {lengths} tokens"
+    counted = rows[1:]
+    trl_seconds = [row["trl"]["seconds"] for row in counted]
+    ratios = [seconds / row["step"] for seconds, row in zip(trl_seconds, counted)]
     return {
         "settings": arguments,
         "responses": cfg.prompts_per_step * cfg.samples_per_prompt,
         "prompt_tokens": step.spread([len(ids) for ids in prompt_ids]),
         "ours": step.summary(rows),
-        "trl_step_seconds": step.spread(theirs),
+        "trl_step_seconds": step.spread(trl_seconds),
         "trl_responses_at_once": at_once,
         "trl_threads": hello["threads"],
-        "trl_over_ours": step.spread([b / a["step"] for a, b in zip(rows[1:], theirs)]),
+        "trl_over_ours": step.spread(ratios),
         "load_average": os.getloadavg()[0],
     }
 
@@ -201,18 +204,24 @@ def linear_gflops():
     """What a linear layer of SmolLM2 reaches on this processor, by dtype: 512 tokens, 576 x 1536; best of three."""
     import torch
 
-    result, flops = {}, 2 * 512 * 576 * 1536
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (torch.randn(n, 576, dtype=dtype, requires_grad=True) for n in (512, 1536))
-        forward, backward = [], []
+    flops = 2 * 512 * 576 * 1536
+    result = {}
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        x = torch.randn(512, 576, dtype=dtype, requires_grad=True)
+        weight = torch.randn(1536, 576, dtype=dtype, requires_grad=True)
+        forward, backward = [], []  # seconds
         for _ in range(3):
             start = time.perf_counter()
             out = torch.nn.functional.linear(x, weight)
-            forward.append(time.perf_counter() - start)
+            middle = time.perf_counter()
             out.backward(torch.ones_like(out))
-            backward.append(time.perf_counter() - start - forward[-1])
-        rates = {"forward": flops / min(forward), "backward": 2 * flops / min(backward)}
-        result[str(dtype).removeprefix("torch.")] = {name: round(x / 1e9, 1) for name, x in rates.items()}
+            forward.append(middle - start)
+            backward.append(time.perf_counter() - middle)
+        result[name] = {
+            "forward": round(flops / min(forward) / 1e9, 1),
+            "backward": round(2 * flops / min(backward) / 1e9, 1),
+        }
     return result
 
 

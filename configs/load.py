@@ -51,7 +51,8 @@ def load(argv):
     check_ranges(settings)
     for key in PATHS:
         settings[key] = find(settings[key])
-    settings["out_dir"] = os.path.abspath(settings["out_dir"])  # Workers may be started in another folder.
+    # Workers may be started in another folder.
+    settings["out_dir"] = os.path.abspath(os.path.expanduser(settings["out_dir"]))
     cfg = SimpleNamespace(**settings)
     check_steps_and_data(cfg)
     check_sizes(cfg)
@@ -111,9 +112,13 @@ def parse(text, default):
 
 
 def find(path):
-    """An absolute path, or a list of them: from here if it exists, else from the project's folder; else as it is."""
+    """An absolute path, or a list of them: from here if it exists, else from the project's folder; else as it is.
+
+    "~" is the home folder; a shell leaves it alone behind an equals sign.
+    """
     if isinstance(path, list):
         return [find(item) for item in path]
+    path = os.path.expanduser(path)
     for place in (os.path.abspath(path), str(ROOT / path)):
         if path and os.path.exists(place):
             return place

@@ -17,13 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.load import UserError
-
-# These settings of a config.json change the logits (which model.py takes for hidden states times a matrix) or the
-# attention (which it takes for softmax(q·k) v).
-NOT_PLAIN = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
-
-# What is fetched of a model on the hub: *.j* is json, and jinja, as newer chat templates are.
-HUB_FILES = ["*.j*", "*.safetensors", "*.txt", "*.model", "*.py"]
+from data.models import read_models
 
 
 class Question(NamedTuple):
@@ -112,24 +106,6 @@ def check_choices(choices, answer, place):
         raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
 
 
-def local_model(name, setting):
-    """The folder of a model: itself, or a hub name's, fetched to this machine's cache."""
-    is_hub_name = name.count("/") == 1 and name[0] not in "./"
-    if is_hub_name and not os.path.isdir(name):
-        from huggingface_hub import snapshot_download
-
-        try:
-            name = snapshot_download(name, allow_patterns=HUB_FILES)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
-    files = os.listdir(name) if os.path.isdir(name) else []
-    has_weights = any(file.endswith(".safetensors") for file in files)
-    if "config.json" not in files or not has_weights:
-        raise UserError(f"{setting}={name!r}: no hub name, nor a folder of config.json and *.safetensors")
-    return name
-
-
 def task_questions(grader, split, folder):
     """The task file's questions of a split, as a list of the JSONL file that holds them: `folder`/`split`.jsonl.
 
@@ -184,11 +160,7 @@ def read_tasks(cfg, data, log):
 
     data: path → Questions. Returns a namespace with train (Prompts), eval (set name → Prompts), tokenizer, hidden_size.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code).get_text_config()
-    check_model(cfg, tokenizer, config)
+    tokenizer, config = read_models(cfg, log)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     prompts = {}
     for path, questions in data.items():
@@ -202,22 +174,9 @@ def read_tasks(cfg, data, log):
     train = []
     for path in cfg.train_data:
         train += prompts[path]
+    hidden_size = config.get_text_config().hidden_size
     eval_sets = {Path(path).stem: prompts[path] for path in cfg.eval_data}
-    return SimpleNamespace(train=train, eval=eval_sets, tokenizer=tokenizer, hidden_size=config.hidden_size)
-
-
-def check_model(cfg, tokenizer, config):
-    """Raises UserError where the model or its tokenizer cannot be trained here."""
-    for name in NOT_PLAIN:
-        value = getattr(config, name, None)
-        if value not in (None, 1):
-            raise UserError(f"{cfg.model}: its {name}={value} is not supported: see model.py")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{cfg.model}: {len(tokenizer)} tokens, but vocab_size={config.vocab_size}")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{cfg.model}: its tokenizer names no end token (eos_token): no response could end")
-    if cfg.prompt_template == "chat" and not tokenizer.chat_template:
-        raise UserError(f"prompt_template=chat, but {cfg.model} has no chat template: give a text instead")
+    return SimpleNamespace(train=train, eval=eval_sets, tokenizer=tokenizer, hidden_size=hidden_size)
 
 
 # ---- Order -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python data/mine_hard.py runs/orz_32b [--fewer_than=4] [--of=64] [--out=runs/orz_32b/hard.jsonl]
 
-In:   RUN/samples/step_*.jsonl, every response of every training step, and whether it is right.
+In:   RUN/samples/step_*.jsonl, every response of every training step with the verdict on it. Its reward does not matter.
 Out:  JSON lines {"question", "answer"} and "choices" where there are some, which data/load.py reads, in the order of
       first use.
 
@@ -49,7 +49,7 @@ def read_records(run):
                 for number, line in enumerate(lines, 1):
                     add_attempt(records, json.loads(line))
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}:{number}: no sample with question, answer and reward") from None
+            raise UserError(f"{file}:{number}: no sample with question, answer and correct") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from None
     return records
@@ -79,7 +79,8 @@ def mine(run, fewer_than, of, out):
         judged += 1
         if record.solved / record.attempts < fewer_than / of:
             hard[key] = record
-            never += record.solved == 0
+            if record.solved == 0:
+                never += 1
     left_out = len(records) - judged
     print(f"{len(records):,} questions, {left_out:,} of them with fewer than {of} attempts: left out")
     rule = f"solved fewer than {fewer_than} times in {of}"
@@ -119,7 +120,7 @@ def main(argv):
         print(f"error: a run and whole numbers are needed; {USAGE}", file=sys.stderr)
         return 2
     try:
-        mine(argv[0], int(fewer_than), int(of), out)
+        mine(argv[0], int(fewer_than), int(of), os.path.expanduser(out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,7 +27,9 @@ MACHINERY = [
     "log.py",
     "configs/base.py",
     "configs/load.py",
+    "data/content.py",
     "data/load.py",
+    "data/models.py",
     "tools/plan.py",
 ]
 

@@ -21,6 +21,7 @@ FILES = [
     "test_configs.py",
     "test_data.py",
     "test_evaluate.py",
+    "test_forking.py",
     "test_lines.py",
     "test_log.py",
     "test_model.py",

@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
 }
 
 

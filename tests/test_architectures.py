@@ -52,9 +52,9 @@ CASES = {
     "olmo": ("OlmoConfig", {"pad_token_id": None}),
     "olmo2": ("Olmo2Config", {"pad_token_id": None}),
 }
-# name → (config class, settings, what the refusal must name); data/load.py refuses, before anything is loaded
+# name → (config class, settings, what the refusal must name); data/models.py refuses, before anything is loaded
 REFUSED = {
-    "gemma2, soft caps": ("Gemma2Config", {"head_dim": 32, "tie": True}, "attn_logit_softcapping=50.0"),
+    "gemma2, soft caps": ("Gemma2Config", {"head_dim": 32, "tie": True}, "caps attention scores or logits"),
     "granite, scaled logits": ("GraniteConfig", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
 }
 

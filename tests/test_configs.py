@@ -27,6 +27,7 @@ SOURCES = (
     "reward.py",
     "log.py",
     "data/load.py",
+    "data/models.py",
     "configs/load.py",
 )
 
@@ -128,6 +129,15 @@ def test_paths(tmp_path, monkeypatch):
     assert (cfg.critic_model, cfg.eval_data) == ("Qwen/Qwen2.5-7B", ["no/such.json"])
     assert cfg.out_dir == str(tmp_path / "runs")  # absolute: a Worker's current folder may be another
     assert load([TINY, "--critic_model="]).critic_model == ""
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves ~ alone behind =: the run goes to ./~/runs, and ~/m is looked up on the hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["--out_dir=~/runs", "--model=~/m", "--critic_model=~/a/b", "--eval_data=~/e.jsonl"]
+    cfg = load([config(tmp_path, 'model = "m"\ntrain_data = ["~/t.jsonl"]\n'), *paths])
+    found = [cfg.out_dir, cfg.model, cfg.critic_model, *cfg.train_data, *cfg.eval_data]
+    assert found == [f"{tmp_path}/{name}" for name in ("runs", "m", "a/b", "t.jsonl", "e.jsonl")]
 
 
 def test_describe_states_the_arithmetic():

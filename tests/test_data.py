@@ -220,6 +220,8 @@ def test_read_tasks_reports_what_it_drops(tmp_path):
         "model": str(ROOT / "data/tiny"),
         "train_data": ["a", "b"],
         "eval_data": ["some/held.out.jsonl"],
+        "eval_only": True,
+        "max_response_tokens": 10,
     }
     cfg = SimpleNamespace(
         trust_remote_code=False, prompt_template="User: {question}", max_prompt_tokens=10, **settings

@@ -1,15 +1,22 @@
-"""Evaluation: avg@k, pass@k and majority@k by hand, and --eval_only as a whole run."""
+"""Evaluation: avg@k, pass@k and majority@k by hand, what is right and what is rewarded, and --eval_only as a whole run."""
 
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 from test_launch import ROOT, metrics, run
 
+import equality
 import launch
-from data.load import Prompt, Question
-from packing import Sample
+import reward
+from configs.load import load
+from data.load import Prompt, Question, load_questions, read_tasks
+from packing import Batch, Sample
+
+# Of a wrong response and of a right one: by default, with partial credit, with a penalty, with a bonus, and upside down.
+REWARDS = [(0.0, 1.0), (0.3, 1.1), (-0.5, 0.3), (1.1, 1.1), (0.3, -0.5)]
 
 
 def sample(answer, reward, reason="stop", length=2, graded="by_number"):
@@ -49,6 +56,7 @@ def evaluate(groups_by_set, k):
     return launch.evaluate(cfg, workers, tasks, log, step=7), log
 
 
+@pytest.mark.parametrize("rewards", REWARDS)
 @pytest.mark.parametrize(
     "group, expected",
     [
@@ -60,9 +68,13 @@ def evaluate(groups_by_set, k):
         ([("42", 0, "length"), ("42", 0, "length"), ("42", 1), ("41", 0)], (0.25, 1, 1)),
     ],
 )
-def test_scores_of_a_question(group, expected):
-    """Responses without an answer win the vote; a right answer that was once cut off counts as wrong."""
-    results, log = evaluate({"math": [[sample(*response) for response in group]]}, 4)
+def test_scores_of_a_question(group, expected, rewards):
+    """Responses without an answer win the vote; a right answer that was once cut off counts as wrong; a reward of 0.3
+    counts as right, or as 0.3."""
+    samples = [sample(*response) for response in group]
+    for response in samples:
+        response.reward = rewards[response.correct]
+    results, log = evaluate({"math": [samples]}, 4)
     result = results["math"]
     assert (result["accuracy"], result["pass_at_k"], result["majority_at_k"]) == expected
     assert result["cut_off"] == sum(len(response) > 2 for response in group) / 4
@@ -99,6 +111,62 @@ def test_what_was_not_graded_is_reported():
     assert metrics == metrics | {outcome: count / 8 for outcome, count in shares.items()}
 
 
+@pytest.mark.parametrize("rewards", REWARDS)
+def test_metrics_go_by_the_verdict(rewards):
+    """A penalty for length or partial credit is reported as accuracy, or mixes the lengths of right and wrong responses."""
+    right = [sample("42", 1, length=length) for length in (4, 6)]
+    wrong = [sample("41", 0, length=length) for length in (3, 8, 10)]
+    for response in right + wrong:
+        response.reward = rewards[response.correct]
+    found = launch.response_metrics([wrong[0], right[0], wrong[1], right[1], wrong[2]])
+    assert (found["accuracy"], found["response_tokens"]) == (0.4, 6.2)
+    assert (found["response_tokens_right"], found["response_tokens_wrong"]) == (5.0, 7.0)
+    assert found["reward"] == pytest.approx((2 * rewards[True] + 3 * rewards[False]) / 5)
+    batch = Batch(right + wrong)
+    assert batch.correct.tolist() == [True, True, False, False, False]
+    assert batch.rewards == pytest.approx([rewards[True]] * 2 + [rewards[False]] * 3)
+    assert Sample(0, *[np.zeros(1, np.int32)] * 3, "", "stop").correct is False  # until it is graded
+
+
+LIMIT = 38  # tokens: worked answers take 36 to 40, of which the last is the end token
+
+
+def graded_samples():
+    """In a rank: what a Worker makes of the demo's questions where only an end token or the limit ends a response."""
+    import torch
+
+    import rollout
+    import workers
+
+    cfg = load([str(ROOT / "configs/tiny.py"), "--stop=", f"--max_response_tokens={LIMIT}", "--name=unused"])
+    (data,) = cfg.eval_data
+    tasks = read_tasks(cfg, {data: load_questions(data), cfg.train_data[0]: load_questions(data)[:1]}, None)
+    worker = workers.Worker(cfg, rank=0)
+    worker.rollout = rollout.Rollout(cfg, cfg.model, torch.float32, torch.device("cpu"))
+    worker.gpu_owner = "rollout"
+    worker.grader = reward.Grader(1)
+    prompts = list(enumerate(tasks.eval["eval"][:64]))
+    samples, _ = worker.generate(
+        workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0, max_tokens=LIMIT)
+    )
+    answers = [prompt.question.answer for _, prompt in prompts]
+    return samples, [answers[response.prompt_index] for response in samples]
+
+
+def test_only_a_response_that_ended_by_itself_is_correct(tmp_path):
+    """A response that reached its answer with its last token is right once and cut off once: ORZ's rule says cut off."""
+    ((samples, answers),) = ranks.run_ranks("test_evaluate", "graded_samples", 1, tmp_path)
+    seen = set()
+    for response, answer in zip(samples, answers, strict=True):
+        has_answer = equality.is_equal(reward.extract_answer(response.text), answer)
+        is_whole = response.finish_reason == "stop"
+        assert response.correct is (has_answer and is_whole), response
+        assert response.reward == float(response.correct)
+        assert json.loads(response.line)["correct"] is response.correct
+        seen.add((response.finish_reason, has_answer))
+    assert seen == {("stop", True), ("stop", False), ("length", True), ("length", False)}
+
+
 @pytest.mark.soak
 def test_a_model_alone(tmp_path):
     """--eval_only wants training data, trains, keeps a learner in memory, or measures differently than training."""
@@ -123,3 +191,37 @@ def test_a_model_alone(tmp_path):
     code, out, err = run(tmp_path, sets, "--eval_samples=4", "--steps=1", "--prompts_per_step=8")
     assert code == 0, out + err
     assert metrics(tmp_path / "tiny")[0]["eval"] == alone["eval"]  # before the first step of training
+
+
+def test_metrics_of_lengths_and_reflection():
+    """The spread of right and wrong lengths mixed up, wrong responses that reflect counted, a word that is not counted."""
+    words = reward.response_stats("Wait, however, recheck, retry, alternatively, wait, no")
+    assert sum(words[word] for word in reward.REFLECTION) == 6
+    samples = [
+        sample("42", 1, length=10),
+        sample("42", 1, length=30),
+        sample("42", 1, length=20),
+        sample("41", 0, length=100),
+    ]
+    for one, waits in zip(samples, [0, 2, 1, 5]):
+        one.stats = {"wait": float(waits), "repetition": 0.5}
+    metrics = launch.response_metrics(samples)
+    assert metrics["response_tokens"] == 40
+    assert metrics["response_tokens_std"] == pytest.approx(np.std([10, 20, 30, 100]))
+    assert metrics["response_tokens_right_std"] == pytest.approx(np.std([10, 20, 30]))
+    assert metrics["response_tokens_wrong_std"] == 0
+    assert metrics["reflection"] == 2 and metrics["wait"] == 2
+    assert metrics["response_tokens_right_reflecting"] == 25
+    metrics = launch.response_metrics(samples[3:])
+    assert (
+        metrics["response_tokens_right_std"] is None and metrics["response_tokens_right_reflecting"] is None
+    )
+
+
+def test_metrics_of_groups():
+    """A question counts as solved by another one's response, or a group of equal wrong answers is not counted as equal."""
+    correct = np.array([1, 0, 0, 0, 1, 1], bool)
+    batch = SimpleNamespace(correct=correct, rewards=correct.astype(np.float32))
+    assert launch.group_metrics(batch, 2) == {"pass_at_n": pytest.approx(2 / 3), "equal_groups": 2 / 3}
+    batch.rewards = np.array([1, 0.5, 0, 0, 1, 1], np.float32)
+    assert launch.group_metrics(batch, 3) == {"pass_at_n": 1.0, "equal_groups": 0.0}

@@ -1,9 +1,11 @@
 """What only a GPU does: FlashAttention, bf16, buffers, the turns of its memory, sleeping vLLM, a whole run. NOT RUN yet.
 
-`make gpu`, with the packages of requirements.txt. Without a GPU all are skipped.
+`make gpu`, with the packages of requirements.txt. Without a GPU all are skipped; GPU_TESTS_ON_CPU=1 runs them on the CPU, as
+far as that goes, so that their own lines are tried where there is no GPU.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,8 +23,15 @@ import packing
 import ppo
 import rollout
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+ON_GPU = not os.environ.get("GPU_TESTS_ON_CPU")
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="no GPU that torch can use")
 GIB = 2**30
+
+
+def on_this_device(function, folder, module="test_gpu", **arguments):
+    """What a function of this module, or of another, returns from a rank of its own on DEVICE."""
+    return ranks.run_ranks(module, function, 1, folder, 900, on_gpu=ON_GPU, device=DEVICE, **arguments)[0]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def apart(x, reference):
 
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
-def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
+def test_flash_attention_of_a_pack(sliding_window):
     """The GPU's kernel aligns a shared prompt's queries otherwise, or its window is off by one."""
     torch.manual_seed(0)
     # samples a and b of one question, whose prompt has 3 tokens; c of another
@@ -45,7 +54,7 @@ def test_flash_attention_of_a_pack(sliding_window, device="cuda"):
     pack = {name: x.int() if "cu" in name else x for name, x in pack.items()} | {"max_seqlen": 11}
     results = []
     inputs = [torch.randn(1, heads, 25, 32) for heads in (4, 2, 2)]
-    for place, dtype in ((device, torch.bfloat16), ("cpu", torch.float32)):
+    for place, dtype in ((DEVICE, torch.bfloat16), ("cpu", torch.float32)):
         here = {name: x.to(place) if torch.is_tensor(x) else x for name, x in pack.items()}
         leaves = [x.bfloat16().to(place, dtype).requires_grad_() for x in inputs]
         out, _ = model.packed_attention(None, *leaves, None, 32**-0.5, here, sliding_window)
@@ -59,9 +68,8 @@ def loaded(tmp_path_factory):
     """The models' paths, and test_buffers.loaded_buffers on the GPU, in bf16."""
     folder = tmp_path_factory.mktemp("buffers")
     paths = test_buffers.make_models(folder)
-    arguments = {"paths": paths, "device": "cuda", "dtypes": [torch.bfloat16]}
-    (result,) = ranks.run_ranks("test_buffers", "loaded_buffers", 1, folder, 900, on_gpu=True, **arguments)
-    return paths, result
+    arguments = {"paths": paths, "dtypes": [torch.bfloat16]}
+    return paths, on_this_device("loaded_buffers", folder, module="test_buffers", **arguments)
 
 
 def test_buffers_on_a_gpu(loaded):
@@ -69,7 +77,7 @@ def test_buffers_on_a_gpu(loaded):
     paths, buffers = loaded
     for family, path in paths.items():
         for kind in test_buffers.KINDS:
-            plain = test_buffers.plain_buffers(path, kind, torch.bfloat16, "cuda")
+            plain = test_buffers.plain_buffers(path, kind, torch.bfloat16, DEVICE)
             test_buffers.assert_same(buffers[family, kind, torch.bfloat16], plain)
 
 
@@ -81,13 +89,13 @@ def test_rounded_buffers_on_a_gpu_are_refused(loaded):
 def test_long_text_on_a_gpu(tmp_path):
     """A Learner whose log-probs leave those of plain transformers as a text of 4,096 tokens goes on."""
     path, ids = test_buffers.make_long_text(tmp_path / "model")
-    arguments = {"path": path, "ids": ids, "device": "cuda"}
-    results = ranks.run_ranks("test_buffers", "learner_logprobs", 1, tmp_path, 900, on_gpu=True, **arguments)
-    plain = test_buffers.plain_logprobs(path, ids, "cuda")
-    test_buffers.assert_long_text_shows_rounding(results[0], plain)
+    arguments = {"path": path, "ids": ids}
+    logprobs = on_this_device("learner_logprobs", tmp_path, module="test_buffers", **arguments)
+    plain = test_buffers.plain_logprobs(path, ids, DEVICE)
+    test_buffers.assert_long_text_shows_rounding(logprobs, plain)
 
 
-def turns(path, device="cuda"):
+def turns(path, device):
     """Updates between which a Learner moves away and back, or stays; where its parts are while it is away."""
     results = {}
     rng = np.random.default_rng(0)
@@ -129,15 +137,15 @@ def turns(path, device="cuda"):
 
 def test_turns_of_the_gpu(path, tmp_path):
     """What was moved to CPU memory and back is trained on as if it had stayed, to the last bit."""
-    (result,) = ranks.run_ranks("test_gpu", "turns", 1, tmp_path, 900, on_gpu=True, path=path)
-    assert result["stays", "places"] == {"cuda"} and result["waits", "places"] == {"cpu"}
+    result = on_this_device("turns", tmp_path, path=path)
+    assert result["stays", "places"] == {DEVICE} and result["waits", "places"] == {"cpu"}
     metrics, weights = result["never moves"]
     for how in ("stays", "waits"):
         assert result[how][0] == metrics
         assert all(torch.equal(result[how][1][name], weights[name]) for name in weights)
 
 
-def engine(path, device="cuda"):
+def engine(path, device):
     """Drift before training, after training without a sync, and after a sync; memory of the sleeping engine."""
     cfg = ranks.settings(**test_rollout.SETTINGS | {"gpu_memory_utilization": 0.2})
     learner = ppo.Learner("policy", cfg, path, torch.device(device), torch.bfloat16)
@@ -184,8 +192,9 @@ def engine(path, device="cuda"):
 
 def test_engine_and_learner(path, tmp_path):
     """The GPU's engine samples from old weights, sleeps on its memory, or takes half a sync for a whole one."""
-    (result,) = ranks.run_ranks("test_gpu", "engine", 1, tmp_path, 900, on_gpu=True, path=path)
-    assert result["asleep"] < 3 * GIB and result["awake"] - result["asleep"] > GIB
+    result = on_this_device("engine", tmp_path, path=path)
+    if ON_GPU:
+        assert result["asleep"] < 3 * GIB and result["awake"] - result["asleep"] > GIB
     assert result["hash"] == result["hash again"]
     assert result["before"][1] < 0.05 and result["synced"][1] < 0.05 < result["stale"][1]
     assert "model.norm.weight" in result["without"]
@@ -201,6 +210,7 @@ def test_demo_on_a_gpu(tmp_path):
         "configs/tiny.py",
         f"--out_dir={tmp_path}",
         "--name=a",
+        "--dtype=bfloat16",
         "--eval_every=-1",
     ]
     for steps in (2, 4):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import launch
+import workers
 from configs.load import ROOT
 from tools import gpu_machine
 
@@ -82,7 +82,7 @@ def test_a_worker_says_which_node_cannot_use_its_gpu():
 def test_environment_of_a_worker():
     """32 compiling processes in each Worker; minutes of compilation at the first all-reduce."""
     for on_gpu in (False, True):
-        env = launch.worker_env(SimpleNamespace(workers=1), on_gpu)
+        env = workers.worker_environment(SimpleNamespace(workers=1), on_gpu)
         assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
         assert env["VLLM_ALLREDUCE_USE_FLASHINFER"] == "0"
 
@@ -110,6 +110,18 @@ def test_make_asks_before_it_installs(tmp_path, driver, expected):
         assert "installing" not in done.stdout
 
 
+@pytest.mark.parametrize("wrong, words", [("/no/such/folder", "is not a folder"), ("", "has no torch")])
+def test_gpu_check_refuses_in_one_line(tmp_path, wrong, words):
+    """Ten minutes of a rented GPU, every step of which fails."""
+    program(tmp_path, "python", "exit 1")
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out")}
+    command = ["bench/gpu_check.sh", *([wrong] if wrong else [])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and words in line
+    assert not (tmp_path / "out").exists()
+
+
 FAKE_GPU = """
 import functools, ray, sys, launch
 ray.init = functools.partial(ray.init, num_gpus=1)  # this machine's Ray, as if it had a GPU
@@ -118,11 +130,12 @@ sys.exit(launch.main(sys.argv[1:]))
 
 
 @pytest.mark.soak
-def test_a_run_ends_in_one_line(tmp_path):
-    """The check that no Worker calls."""
+@pytest.mark.parametrize("gpu_memory", ["0", "1000"])
+def test_a_run_ends_in_one_line(tmp_path, gpu_memory):
+    """The check that no Worker calls, or only after it was asked for its GPU's memory (where gpu_memory is 0)."""
     # Ray looks at its authentication when it is imported, here before launch.py sets it.
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "token", "CUDA_VISIBLE_DEVICES": "0"}
-    arguments = ["configs/tiny.py", f"--out_dir={tmp_path}", "--name=a", "--gpu_memory=1000"]
+    arguments = ["configs/tiny.py", f"--out_dir={tmp_path}", "--name=a", f"--gpu_memory={gpu_memory}"]
     command = [sys.executable, "-c", FAKE_GPU, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr

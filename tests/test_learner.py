@@ -3,6 +3,7 @@
 All that needs DeepSpeed runs in two starts, `learner_checks` on 1 and on 2 ranks; the tests look at what came back.
 """
 
+import copy
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,37 @@ RESPONSE_LENS = [9, 4, 12, 1, 7, 0, 5, 11, 6, 3, 8, 10, 2, 7, 5, 9, 4, 6, 8, 3, 
 CLIP, NO_CLIP = 0.05, 1e9  # max_grad_norm, below and above every gradient norm here
 SPLITS = (1, 2, 4, 8)
 KL_SAMPLES = [20, 3, 7, 11, 5]  # on which update_kl is measured
+VARIANTS = {  # of the policy's update: settings that differ from the defaults
+    "clip higher": {"clip_eps_high": 0.4, "policy_updates_per_step": 2},
+    "epochs": {"epochs_per_step": 2},
+    "truncated": {"importance_cap": 1.1},
+    "truncated, several updates": {"importance_cap": 1.1, "policy_updates_per_step": 2},
+    "tokens masked": {"importance_token_band": [0.8, 1.25]},
+    "responses masked": {"importance_response_band": [0.9, 1.1]},
+    "KL k1": {"kl_loss_coef": 0.5, "kl_estimator": "k1"},
+    "KL k2": {"kl_loss_coef": 0.5, "kl_estimator": "k2"},
+    "KL k3": {"kl_loss_coef": 0.5},
+    "average by response": {"loss_average": "response"},
+    "constant length": {"loss_average": "constant"},
+    "equal groups dropped": {"drop_equal_groups": True},
+    "cut off dropped": {"drop_cut_off": True},
+    "GRPO": {"advantage": "grpo", "loss_average": "response"},
+    "Dr. GRPO": {"advantage": "dr_grpo", "loss_average": "constant"},
+    "RLOO": {"advantage": "rloo"},
+    "REINFORCE": {"advantage": "reinforce"},
+    "all": {
+        "advantage": "dr_grpo",
+        "policy_updates_per_step": 2,
+        "clip_eps_high": 0.4,
+        "importance_cap": 1.1,
+        "importance_token_band": [0.8, 1.25],
+        "importance_response_band": [0.9, 1.1],
+        "kl_loss_coef": 0.5,
+        "loss_average": "response",
+        "drop_equal_groups": True,
+        "drop_cut_off": True,
+    },
+}
 
 
 def make_batch(path):
@@ -31,9 +63,10 @@ def make_batch(path):
         response = rng.integers(0, tiny_models.VOCABULARY, response_len).astype(np.int32)
         with torch.no_grad():
             logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
-        samples.append(
-            packing.Sample(i // 3, prompt, response, logprobs, "", "stop", i % 3 == 0, float(i % 3 == 0))
-        )
+        sample = packing.Sample(i // 3, prompt, response, logprobs, "", "stop")
+        sample.correct = i % 4 == 1  # This has nothing to do with the reward, which is shaped.
+        sample.reward = float(i % 3 == 0)
+        samples.append(sample)
     batch = packing.Batch(samples)
     n = len(batch.logprobs)
     batch.values = rng.normal(0, 0.3, n).astype(np.float32)
@@ -41,6 +74,25 @@ def make_batch(path):
     batch.advantages = ppo.normalise(batch.returns - batch.values)
     batch.old_logprobs = batch.logprobs
     return samples, batch
+
+
+def variant_settings(name):
+    return ranks.settings(samples_per_prompt=3, policy_lr=0.0, max_grad_norm=NO_CLIP, **VARIANTS[name])
+
+
+def variant_batch(batch, cfg):
+    """The batch with other rewards, and with log-probs of a sampler, an old policy and a reference that differ."""
+    rng = np.random.default_rng(5)
+    changed = copy.copy(batch)
+    changed.rewards = rng.integers(0, 2, len(RESPONSE_LENS)).astype(np.float32)
+    changed.rewards[3:6] = 1.0
+    changed.cut_off = rng.random(len(RESPONSE_LENS)) < 0.2
+    noise = rng.normal(0, 0.2, (3, len(batch.logprobs))).astype(np.float32)
+    changed.old_logprobs = batch.logprobs + noise[0]
+    changed.ref_logprobs = batch.logprobs + noise[1]
+    changed.logprobs = batch.logprobs + noise[2]  # of the sampler
+    ppo.set_advantages(changed, cfg)
+    return changed
 
 
 def even_plan(indices, num_packs, world_size):
@@ -76,6 +128,22 @@ def gradients_of_plans(still, batch):
 
 
 def gradient(still, batch, plan):
+    grads, metrics = gradient_and_metrics(still, batch, plan)
+    return grads, metrics[f"grad_norm_{still.kind}"]
+
+
+def variants_of_the_policy(still, batch):
+    """The gradient and the metrics of each of VARIANTS. `still` has the learning rate 0."""
+    results = {}
+    for name in VARIANTS:
+        still.cfg, still.drift_limit = variant_settings(name), -1.0
+        changed = variant_batch(batch, still.cfg)
+        plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, still.world_size)
+        results["variant", name] = gradient_and_metrics(still, changed, plan)
+    return results
+
+
+def gradient_and_metrics(still, batch, plan):
     from deepspeed.utils import safe_get_full_grad
 
     step, grads = still.engine.step, {}
@@ -86,8 +154,8 @@ def gradient(still, batch, plan):
         step()
 
     with mock.patch.object(still.engine, "step", record):
-        norm = still.update(batch, [plan], 1)[f"grad_norm_{still.kind}"]
-    return grads, norm
+        metrics = still.update(batch, [plan], 1)
+    return grads, metrics
 
 
 def spoilt_updates(learner, batch):
@@ -199,6 +267,8 @@ def learner_checks(path, batch):
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
         results |= gradients_of_plans(still, batch)
+        if kind == "policy":
+            results |= variants_of_the_policy(still, batch)
 
     whole = [even_plan(everything, 4, world_size)]
     for clip in (CLIP, NO_CLIP):
@@ -239,6 +309,15 @@ def learner_checks(path, batch):
     results["update_kl"] = means["update_kl"], before, moving.forward(batch, whole[0])
     results["update_kl at rate 0"] = still.update(batch, whole, 1, few)["update_kl"]
     assert "update_kl" not in still.update(batch, whole, 1)
+
+    # A reference model becomes the policy; saved and loaded, it is the same to the last bit.
+    reference, loaded = learner("reference"), learner("reference")
+    forwards = [moving.forward(batch, whole[0]), reference.forward(batch, whole[0])]
+    reference.copy_weights(moving)
+    forwards.append(reference.forward(batch, whole[0]))
+    reference.save(".")  # this call's own folder
+    loaded.load(".")
+    results["reference"] = [*forwards, loaded.forward(batch, whole[0])]
 
     results |= spoilt_updates(learner, batch)
     results |= saved_and_loaded(learner, batch)
@@ -310,6 +389,53 @@ def plain_updates(kind, path, samples, batch, plans, max_grad_norm, lr=1e-3):
     return {name: p.detach() - before[name] for name, p in network.named_parameters()}, norms, gradients
 
 
+def plain_variant_gradient(path, samples, batch, cfg):
+    """The gradient of a variant's loss on a plain transformers model, by its formulas, token by token."""
+    network = tiny_models.plain_policy(path)
+    kept = []
+    for i in range(len(samples)):
+        group = {float(reward) for reward in batch.rewards[i // 3 * 3 : i // 3 * 3 + 3]}
+        dropped = (cfg.drop_equal_groups and len(group) == 1) or (cfg.drop_cut_off and batch.cut_off[i])
+        if not dropped:
+            kept.append(i)
+    num_tokens = sum(RESPONSE_LENS[i] for i in kept)
+    high = 1 + (cfg.clip_eps_high or cfg.clip_eps)
+    total = 0.0
+    for i in kept:
+        place, sample, length = tiny_models.place(batch, i), samples[i], RESPONSE_LENS[i]
+        if length == 0:
+            continue
+        logprobs = tiny_models.plain_logprobs(network, sample.prompt_ids, sample.response_ids)[0]
+        several = cfg.policy_updates_per_step * cfg.epochs_per_step > 1
+        old = torch.from_numpy(batch.old_logprobs[place]) if several else logprobs.detach()
+        rho = (old - torch.from_numpy(batch.logprobs[place])).exp()
+        geometric_mean = rho.prod() ** (1 / length)
+        losses = []
+        for t in range(length):
+            advantage = float(batch.advantages[place][t])
+            ratio = (logprobs[t] - old[t]).exp()
+            clipped = ratio.clamp(1 - cfg.clip_eps, high)
+            loss = -torch.min(ratio * advantage, clipped * advantage)
+            weight = min(float(rho[t]), cfg.importance_cap) if cfg.importance_cap else 1.0
+            for value, (lowest, highest) in (
+                (rho[t], cfg.importance_token_band),
+                (geometric_mean, cfg.importance_response_band),
+            ):
+                if highest and not lowest <= value <= highest:
+                    weight = 0.0
+            log_r = float(batch.ref_logprobs[place][t]) - logprobs[t]
+            kl = {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}[cfg.kl_estimator]
+            losses.append(weight * loss + cfg.kl_loss_coef * kl)
+        share = {
+            "token": 1 / num_tokens,
+            "response": 1 / length / len(kept),
+            "constant": 1 / cfg.max_response_tokens / len(kept),
+        }
+        total = total + sum(losses) * share[cfg.loss_average]
+    total.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
 def differences(first, second):
     """‖Δ₁ − Δ₂‖ / ‖Δ‖ over all weights, and the largest of a single tensor."""
     assert first.keys() == second.keys()
@@ -355,6 +481,38 @@ def test_gradient_does_not_depend_on_packs(checks, kind, path, data):
         assert norm == pytest.approx(norms[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_is_its_formula(checks, name, path, data):
+    """A weight that is lost between the formula and the update, a denominator of one rank, a KL without its gradient."""
+    samples, batch = data
+    cfg = variant_settings(name)
+    changed = variant_batch(batch, cfg)
+    gradient, metrics = checks[0]["variant", name]
+    plain = plain_variant_gradient(path, samples, changed, cfg)
+    overall, worst = differences(gradient, plain)
+    assert overall <= 1e-5 and worst <= 1e-3, (overall, worst)
+    # Without the settings the gradient is another one, or the comparison above shows nothing.
+    default = ranks.settings(samples_per_prompt=3, policy_updates_per_step=cfg.policy_updates_per_step)
+    for key in ("advantage", "epochs_per_step") if len(VARIANTS[name]) == 1 else ():
+        setattr(default, key, getattr(cfg, key))
+    if name not in ("epochs", "RLOO", "REINFORCE"):
+        assert differences(plain_variant_gradient(path, samples, changed, default), plain)[0] > 1e-2
+    shares = {"importance_truncated", "importance_masked"} & metrics.keys()
+    assert len(shares) == (2 if any(key.startswith("importance") for key in VARIANTS[name]) else 0)
+    assert ("kl_loss" in metrics) == bool(cfg.kl_loss_coef)
+    if "masked" in name:
+        assert 0 < metrics["importance_masked"] < 1 and metrics["importance_truncated"] == 0
+    if "truncated" in name:
+        assert 0 < metrics["importance_truncated"] < 1 and metrics["importance_masked"] == 0
+
+
+def test_the_reference_becomes_the_policy(checks):
+    """A reference that keeps the base model's weights where they are kept whole, or is the base model after a resume."""
+    policy, before, after, loaded = checks[0]["reference"]
+    assert not np.array_equal(policy, before)
+    assert np.array_equal(policy, after) and np.array_equal(after, loaded)
+
+
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_empty_pack_adds_exactly_nothing(checks, kind):
     """Ranks with fewer samples run empty packs: not a bit of the gradient may come from them."""
@@ -392,14 +550,14 @@ def test_the_check_can_fail(checks, path, data):
 
 
 def test_metrics_are_means_over_the_whole_update(checks, path, data):
-    """The last pack's loss, or rank 0's, reported as the step's."""
+    """The last pack's loss, or rank 0's, reported as the step's; or the entropy of rewarded responses as that of right ones."""
     samples, batch = data
     plain = tiny_models.plain_policy(path)
     with torch.no_grad():
         pairs = [tiny_models.plain_logprobs(plain, s.prompt_ids, s.response_ids) for s in samples]
     entropy = torch.cat([entropy for _, entropy in pairs]).numpy()
     metrics = checks[0]["policy", NO_CLIP][1][0]
-    right = np.concatenate([np.full(len(s.response_ids), s.reward > 0) for s in samples])
+    right = np.concatenate([np.full(len(s.response_ids), s.correct) for s in samples])
     assert metrics["entropy"] == pytest.approx(entropy.mean(), rel=1e-5)
     assert metrics["entropy_right"] == pytest.approx(entropy[right].mean(), rel=1e-5)
     assert metrics["entropy_wrong"] == pytest.approx(entropy[~right].mean(), rel=1e-5)

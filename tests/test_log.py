@@ -310,6 +310,9 @@ def test_drift_warning(run, capsys):
     assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
     assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
     assert drift_warning(None, ten) is None
+    assert (
+        drift_warning(8e-8, [1e-8] * 10) is None
+    )  # fp32's rounding: two seeds of the demo had over three times it
     run.step({"step": 0, "drift_mean": None, "seconds": {}})
     for step in range(1, 12):
         run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
@@ -631,6 +634,9 @@ def test_only_a_new_folder_is_discarded(run, tmp_path):
     new = Log(settings(tmp_path, name="b"))
     new.discard()
     assert not new.dir.exists() and run.dir.exists()
+    deep = Log(settings(tmp_path, out_dir=str(tmp_path / "c/d e/[f]")))
+    deep.discard()
+    assert not (tmp_path / "c").exists() and tmp_path.exists()
 
 
 def test_cut_forgets_what_came_after(run):

@@ -1,6 +1,7 @@
 """The formulas of ppo.py against themselves written as plain loops, and packing against its promises. No Ray, vLLM, DeepSpeed."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import packing
 import ppo
 import rollout
+from configs.load import BASE, documentation, has_critic, read_file
 
 EXACT = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -363,7 +365,32 @@ def test_packing_of_shared_prompts(ranks):
     assert per_rank.max() < work(batch.lengths).sum() / ranks
 
 
-def test_group_advantages_against_loops():
+# ---- Variants ---------------------------------------------------------------------------------------------------
+
+
+def settings_with(**overrides):
+    """The defaults of base.py, with these changes."""
+    base = read_file(BASE)
+    assert overrides.keys() <= base.keys()
+    return SimpleNamespace(**base | overrides)
+
+
+def group_advantage_as_written(name, rewards, i, group_size):
+    """The advantage of response i, by the formula of its paper; `reinforce` is normalised afterwards."""
+    first = i // group_size * group_size
+    group = [float(reward) for reward in rewards[first : first + group_size]]
+    mean = sum(group) / group_size
+    if name == "grpo":
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / group_size)
+        return (float(rewards[i]) - mean) / (std + 1e-6)
+    if name == "rloo":
+        others = [float(rewards[j]) for j in range(first, first + group_size) if j != i]
+        return float(rewards[i]) - sum(others) / len(others)
+    return float(rewards[i]) - mean
+
+
+@pytest.mark.parametrize("name", ppo.GROUP_ADVANTAGES)
+def test_group_advantages_against_loops(name):
     """GRPO with ORZ's defect (divided by True), with groups mixed up, or with the mean over all questions."""
     rng = np.random.default_rng(3)
     rewards, lens = rng.integers(0, 2, 12).astype(np.float32), rng.integers(1, 6, 12)
@@ -371,13 +398,225 @@ def test_group_advantages_against_loops():
     batch = SimpleNamespace(rewards=rewards, response_lens=lens)
     expected = []
     for i in range(12):
-        group = [float(rewards[j]) for j in range(12) if j // 4 == i // 4]
-        mean = sum(group) / 4
-        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 4)
-        expected += [(float(rewards[i]) - mean) / (std + 1e-6)] * int(lens[i])
-    advantages = ppo.group_advantages(batch, 4)
-    assert advantages.dtype == np.float32
-    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+        expected += [group_advantage_as_written(name, rewards, i, 4)] * int(lens[i])
+    if name == "reinforce":
+        mean = sum(expected) / len(expected)
+        std = math.sqrt(sum((value - mean) ** 2 for value in expected) / len(expected))
+        expected = [(value - mean) / std for value in expected]
+    metrics = ppo.set_advantages(batch, settings_with(advantage=name, samples_per_prompt=4))
+    assert batch.advantages.dtype == np.float32
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-5, atol=1e-6)
+    assert metrics == {"advantage_abs": pytest.approx(np.abs(expected).mean(), rel=1e-5)}
+    equal = batch.advantages[lens[:4].sum() : lens[:8].sum()]
+    assert name == "reinforce" or (equal == 0).all()  # whose mean over tokens is another
+
+
+def test_group_advantages_are_those_that_a_config_may_name():
+    """A function that no config can choose, or a name without a function; the critic's is the one beside them."""
+    _, legal = documentation()["advantage"]
+    names = [name for name in re.findall(r'"(\w+)"', legal)]
+    assert sorted(names) == sorted([*ppo.GROUP_ADVANTAGES, "gae"])
+    assert [name for name in names if has_critic(settings_with(advantage=name))] == ["gae"]
+
+
+def test_rloo_is_dr_grpo_for_large_groups():
+    """Limiting case: what a response adds to its own baseline vanishes with the size of the group."""
+    groups = np.random.default_rng(0).integers(0, 2, (3, 1000)).astype(np.float32)
+    lens = np.ones(3000, np.int64)
+    np.testing.assert_allclose(ppo.rloo(groups, lens), ppo.dr_grpo(groups, lens), rtol=2e-3)
+
+
+def test_returns_with_a_lambda_of_their_own():
+    """VAPO's decoupled λ: the advantages take the critic's λ, or the critic the policy's; or equal ones differ."""
+    lengths = [4, 0, 7, 1]
+    rng = np.random.default_rng(0)
+    for lam, critic_lam in [(0.9, 1.0), (0.9, 0.9), (1.0, 0.5), (1.0, 1.0)]:
+        batch = make_batch(lengths, [1.0, 0.0, 1.0, 0.0])
+        batch.values = rng.normal(size=12).astype(np.float32)
+        cfg = settings_with(lam=lam, critic_lam=critic_lam, normalise_advantages=False)
+        metrics = ppo.set_advantages(batch, cfg)
+        rewards = ppo.token_rewards(batch)
+        advantages = gae_as_written(rewards, batch.values, lengths, 1.0, lam)
+        returns = gae_as_written(rewards, batch.values, lengths, 1.0, critic_lam) + batch.values
+        np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
+        np.testing.assert_allclose(batch.returns, returns, atol=1e-5)
+        assert metrics["value_mean"] == pytest.approx(batch.values.mean(), rel=1e-5)
+        assert metrics["advantage_abs"] == pytest.approx(np.abs(advantages).mean(), rel=1e-5)
+        # Normalised, the same advantages have mean 0 and deviation 1; the metric is still of those before.
+        again = ppo.set_advantages(batch, settings_with(lam=lam, critic_lam=critic_lam))
+        np.testing.assert_allclose(batch.advantages, ppo.normalise(advantages.astype(np.float32)), atol=1e-4)
+        assert again == metrics
+
+
+def test_samples_that_the_policy_skips():
+    """The wrong group is dropped, a group of equal wrong ones is kept, or a response that ended by itself is lost."""
+    rewards = [1, 1, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5, 0.5]
+    batch = make_batch([2] * 12, rewards)
+    batch.cut_off[[4, 9]] = True
+
+    def kept(**overrides):
+        return ppo.policy_samples(batch, settings_with(samples_per_prompt=3, **overrides)).tolist()
+
+    differing = []
+    for i in range(12):
+        group = [rewards[j] for j in range(12) if j // 3 == i // 3]
+        if len(set(group)) > 1:
+            differing.append(i)
+    assert differing == [3, 4, 5]
+    assert kept() == list(range(12))
+    assert kept(drop_equal_groups=True) == differing
+    assert kept(drop_cut_off=True) == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11]
+    assert kept(drop_equal_groups=True, drop_cut_off=True) == [3, 5]
+    batch.rewards[:] = 1.0
+    assert kept(drop_equal_groups=True) == []
+
+
+def test_the_batch_knows_what_was_cut_off():
+    """A response that ended at its last allowed token by itself counts as cut off."""
+    ids = np.zeros(2, np.int32)
+    samples = [
+        packing.Sample(0, ids, ids, np.zeros(2, np.float32), "", reason) for reason in ("stop", "length")
+    ]
+    assert packing.Batch(samples).cut_off.tolist() == [False, True]
+
+
+def test_clip_higher():
+    """DAPO's second ε clips below 1 instead of above; with the same ε on both sides the loss is not plain PPO's."""
+    ratios = torch.tensor([0.5, 0.79, 0.9, 1.0, 1.21, 1.29, 2.0], dtype=torch.float64).repeat(2)
+    advantages = torch.tensor([1.5] * 7 + [-1.5] * 7, dtype=torch.float64)
+    old_logprobs = torch.zeros(14, dtype=torch.float64)
+    loss, _ = ppo.policy_loss(ratios.log(), old_logprobs, advantages, 0.2, 0.28)
+    for i, (ratio, advantage) in enumerate(zip(ratios.tolist(), advantages.tolist())):
+        clipped = min(max(ratio, 0.8), 1.28)
+        assert loss[i].item() == pytest.approx(-min(ratio * advantage, clipped * advantage))
+    plain, _ = ppo.policy_loss(ratios.log(), old_logprobs, advantages, 0.2)
+    same, _ = ppo.policy_loss(ratios.log(), old_logprobs, advantages, 0.2, 0.2)
+    assert torch.equal(plain, same) and not torch.equal(plain, loss)
+
+
+def test_kl_estimators_by_enumeration():
+    """An estimator of KL(q‖p), of another sign, or one whose gradient is not what its docstring says."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+
+    def expectation(estimator):
+        """Over all four outcomes of the policy, as over infinitely many samples; with its gradient as a loss."""
+        logp = logits.log_softmax(0)
+        probabilities = logp.detach().exp()
+        estimates = ppo.kl_estimate(q.log() - logp, estimator)
+        for outcome in range(4):
+            p, r = probabilities[outcome].item(), (q[outcome] / probabilities[outcome]).item()
+            formula = {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": r - 1 - math.log(r)}[estimator]
+            assert estimates[outcome].item() == pytest.approx(formula), p
+        mean = (probabilities * estimates).sum()
+        return mean.item(), torch.autograd.grad(mean, logits)[0]
+
+    logp = logits.log_softmax(0)
+    kl = (logp.exp() * (logp - q.log())).sum()
+    (gradient,) = torch.autograd.grad(kl, logits)
+    assert expectation("k1")[0] == pytest.approx(kl.item()) == expectation("k3")[0]
+    torch.testing.assert_close(expectation("k1")[1], torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(expectation("k2")[1], gradient)
+    same = torch.zeros(3)
+    assert all((ppo.kl_estimate(same, estimator) == 0).all() for estimator in ("k1", "k2", "k3"))
+
+
+OFF = {"importance_cap": 0.0, "importance_token_band": [0, 0], "importance_response_band": [0, 0]}
+
+
+def weights_as_written(logps, sampler_logps, lens, cap, token_band, response_band):
+    """The weight of every token, one at a time."""
+    weights, start = [], 0
+    for length in lens:
+        ratios = [math.exp(logps[t] - sampler_logps[t]) for t in range(start, start + length)]
+        geometric_mean = math.prod(ratios) ** (1 / length) if length else 1.0
+        for ratio in ratios:
+            weight = min(ratio, cap) if cap else 1.0
+            if any(token_band) and not token_band[0] <= ratio <= token_band[1]:
+                weight = 0.0
+            if any(response_band) and not response_band[0] <= geometric_mean <= response_band[1]:
+                weight = 0.0
+            weights.append(weight)
+        start += length
+    return weights
+
+
+@EXACT
+@given(
+    lens=st.lists(st.integers(0, 6), min_size=0, max_size=6),
+    cap=st.sampled_from([0.0, 1.0, 2.0, math.inf]),
+    token_band=st.sampled_from([[0, 0], [0.5, 5.0], [0.9, 1.1]]),
+    response_band=st.sampled_from([[0, 0], [0.99, 1.01], [0.8, 1.25]]),
+    seed=st.integers(0, 999),
+)
+def test_importance_weights_against_loops(lens, cap, token_band, response_band, seed):
+    """The ratio upside down, a band's end forgotten, the mean of another response, or an empty one that spoils all."""
+    rng = np.random.default_rng(seed)
+    logps, sampler_logps = -rng.exponential(1.0, (2, sum(lens)))
+    cfg = SimpleNamespace(
+        importance_cap=cap, importance_token_band=token_band, importance_response_band=response_band
+    )
+    log_ratio = torch.from_numpy(logps - sampler_logps)
+    weights, shares = ppo.importance_weights(log_ratio, lens, cfg)
+    expected = weights_as_written(logps, sampler_logps, lens, cap, token_band, response_band)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
+    assert shares["importance_masked"].tolist() == [weight == 0 for weight in expected]
+    ratios = np.exp(logps - sampler_logps)
+    assert shares["importance_truncated"].tolist() == [cap > 0 and ratio > cap for ratio in ratios]
+
+
+def test_importance_weights_at_their_limits():
+    """Where both policies agree the weights are 1; without a cap they are the whole ratio; wide bands mask nothing."""
+    log_ratio = torch.tensor([0.5, -2.0, 3.0, 0.0])
+    for name, value in [("importance_cap", 2.0), ("importance_token_band", [0.5, 5.0])]:
+        weights, shares = ppo.importance_weights(
+            torch.zeros(4), [1, 3], SimpleNamespace(**OFF | {name: value})
+        )
+        assert (weights == 1).all() and not shares["importance_masked"].any()
+    weights, _ = ppo.importance_weights(
+        log_ratio, [1, 3], SimpleNamespace(**OFF | {"importance_cap": math.inf})
+    )
+    torch.testing.assert_close(weights, log_ratio.exp())
+    wide = {"importance_token_band": [0.0, math.inf], "importance_response_band": [0.0, math.inf]}
+    weights, _ = ppo.importance_weights(log_ratio, [1, 3], SimpleNamespace(**OFF | wide))
+    assert (weights == 1).all()
+
+
+def test_loss_denominators():
+    """An average over the responses of one rank, or one that counts the tokens of samples that are not trained on."""
+    batch = make_batch([3, 5, 0, 2, 9])
+    plan = [[[0, 1], []], [[3], [2]]]  # of two ranks, without the last sample
+    assert ppo.loss_denominator(batch, plan, "token", 10) == 3 + 5 + 2 + 0
+    assert ppo.loss_denominator(batch, plan, "response", 10) == 4
+    assert ppo.loss_denominator(batch, plan, "constant", 10) == 40
+
+
+def test_updates_of_a_schedule():
+    """A resume that counts the critic's first steps as updates of the policy: its warm-up would be over at once."""
+    cfg = settings_with(
+        critic_warmup_steps=3, policy_updates_per_step=2, critic_updates_per_step=5, epochs_per_step=2
+    )
+    policy = critic = 0
+    for step in range(1, 8):
+        critic += 5 * 2
+        policy += 2 * 2 if step > 3 else 0
+        assert ppo.num_updates(cfg, "critic", step) == critic
+        assert ppo.num_updates(cfg, "policy", step) == policy
+    first = ppo.num_updates(cfg, "policy", 3) + 1
+    assert ppo.learning_rate(cfg, "policy", first) == pytest.approx(1e-6 / 50)
+
+
+def test_epochs_take_every_sample_again():
+    """A second pass that repeats the first one's split, or that leaves samples out; samples that nobody asked for."""
+    batch = make_batch([3] * 20)
+    cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=2, epochs_per_step=3)
+    indices = np.array([1, 3, 5, 7, 9, 11, 13])
+    plans = packing.plan_updates(batch, indices, 2, np.random.default_rng(0), cfg, HIDDEN)
+    parts = [sorted(i for packs in plan for pack in packs for i in pack) for plan in plans]
+    assert len(parts) == 6
+    for epoch in range(3):
+        assert sorted(parts[2 * epoch] + parts[2 * epoch + 1]) == indices.tolist()
+    assert len({tuple(part) for part in parts}) > 2
 
 
 def test_drift_message_names_causes_and_what_to_look_at():

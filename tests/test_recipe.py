@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_launch import QUICK, metrics, run, without_timings
 
 from configs.load import BASE, ROOT, UserError, load, read_file
 from data import prepare
@@ -192,6 +193,74 @@ def test_the_page_of_the_sizes_quotes_the_plan():
     assert "\n".join(lines) in page, "\n".join(lines)
 
 
+# ---- Variants, as whole runs -----------------------------------------------------------------------------------
+
+WHOLE_RUNS = {  # what is trained with → metrics that exist beside those of the defaults
+    "--critic_warmup_steps=1": [],
+    "--epochs_per_step=2 --clip_eps_high=0.28": ["approx_kl"],
+    "--lam=0.95 --critic_lam=0.9 --normalise_advantages=False": [],
+    "--kl_loss_coef=0.1 --kl_estimator=k2 --update_ref_every=1": ["kl_loss"],
+    "--loss_average=response": [],
+    "--loss_average=constant": [],
+    "--importance_cap=2": ["importance_truncated", "importance_masked"],
+    "--importance_token_band=0.5,5": ["importance_truncated", "importance_masked"],
+    "--importance_response_band=0.99,1.01": ["importance_truncated", "importance_masked"],
+    "--drop_equal_groups=True": [],
+    "--drop_cut_off=True": [],
+    "--advantage=grpo --loss_average=response": [],
+    "--advantage=dr_grpo --loss_average=constant": [],
+    "--advantage=rloo": [],
+    "--advantage=reinforce": [],
+    "--eval_max_response_tokens=120 --eval_every=2": ["eval"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arguments", WHOLE_RUNS)
+def test_a_whole_run_with_a_variant(arguments, tmp_path):
+    """A variant that is right as a formula, and stops a run: an array nobody computes, a network nobody loads."""
+    code, out, err = run(tmp_path, "--name=a", *QUICK, "--workers=2", *arguments.split())
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    assert all(rows[-1][name] is not None for name in WHOLE_RUNS[arguments])
+    assert rows[-1]["grad_norm_policy"] > 0 and rows[-1]["drift_mean"] < 1e-4
+    if "warmup" in arguments:
+        assert "pg_loss" not in rows[0] and rows[0]["grad_norm_critic"] > 0
+    if "advantage" in arguments:
+        assert "v_loss" not in rows[-1] and not (tmp_path / "a/critic").exists()
+
+
+@pytest.mark.soak
+def test_no_response_is_left_to_train_on(tmp_path):
+    """All groups agree in a step: an empty plan ends the run, or stands in for an update and is counted."""
+    sizes = ["--steps=6", "--prompts_per_step=2", "--samples_per_prompt=2", "--eval_every=-1"]
+    code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True")
+    assert code == 0, out + err
+    rows = metrics(tmp_path / "a")
+    without = [row for row in rows if row["policy_samples"] == 0]
+    assert without and len(without) < len(rows)
+    assert all("pg_loss" not in row and row["grad_norm_critic"] > 0 for row in without)
+
+
+@pytest.mark.soak
+def test_schedules_go_on_where_they_were(tmp_path):
+    """After a resume the critic learns alone again, the warm-up begins anew, or the reference is the base model."""
+    schedule = ["--critic_warmup_steps=2", "--epochs_per_step=2", "--warmup_steps=9"]
+    schedule += ["--kl_loss_coef=0.1", "--update_ref_every=2", "--workers=2"]
+    whole = run(tmp_path, "--name=whole", *QUICK, *schedule, "--steps=5")
+    first = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=3")
+    second = run(tmp_path, "--name=parts", *QUICK, *schedule, "--steps=5")
+    assert [code for code, _, _ in (whole, first, second)] == [0, 0, 0], (whole, first, second)
+    rows = without_timings(metrics(tmp_path / "whole"))
+    assert rows == without_timings(metrics(tmp_path / "parts"))
+    assert [row.get("lr_policy") is None for row in rows] == [True, True, False, False, False]
+    rates = [row["lr_policy"] / 5e-4 * 9 for row in rows[2:]]
+    assert rates == pytest.approx([1.5, 3.5, 5.5])  # means over updates 1 and 2, 3 and 4, 5 and 6
+    assert rows[2]["kl_loss"] > 0  # the second of two updates; the reference is the policy before the first
+    weights = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
 # ---- Fetching --------------------------------------------------------------------------------------------------
 
 
@@ -319,8 +388,8 @@ def mine(*argv):
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-def write_step(run, step, results, choices=None):
-    """samples/step_N.jsonl as log.py writes it: question → (attempts, solved)."""
+def write_step(run, step, results, choices=None, rewards=(0.0, 1.0)):
+    """samples/step_N.jsonl as log.py writes it. results: question → (attempts, solved); rewards: if wrong, if right."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -331,11 +400,13 @@ def write_step(run, step, results, choices=None):
 
     ids = np.array([1, 2], np.int32)
     prompts = [Prompt(ids, Question(name, f"{name}!", choices)) for name in results]
-    samples = [
-        Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop", k < solved, float(k < solved))
-        for i, (attempts, solved) in enumerate(results.values())
-        for k in range(attempts)
-    ]
+    samples = []
+    for i, (attempts, solved) in enumerate(results.values()):
+        for k in range(attempts):
+            sample = Sample(i, ids, ids, np.zeros(2, np.float32), "text", "stop")
+            sample.correct = k < solved
+            sample.reward = rewards[sample.correct]
+            samples.append(sample)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     for sample in samples:
         sample.line = sample_line(sample, prompts[sample.prompt_index].question)
@@ -378,6 +449,16 @@ def test_rewards_do_not_say_what_is_right(tmp_path):
     assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["paid for its form"]
 
 
+@pytest.mark.parametrize("rewards", [(0.3, 1.3), (-0.5, 0.5), (0.3, -0.5)])
+def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
+    """With partial credit or a penalty for length, every question counts as solved, or none does."""
+    write_step(tmp_path, 1, {"three": (64, 3), "four": (64, 4), "never": (64, 0)}, rewards=rewards)
+    done = mine(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["three", "never"]
+    assert done.stdout.splitlines()[1] == "2 of the other 3 solved fewer than 4 times in 64, 1 never"
+
+
 def test_choices_survive(tmp_path):
     """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
     write_step(tmp_path, 1, {"Which?": (64, 0)}, {"Which?!": "this", "B": "that"})
@@ -388,9 +469,8 @@ def test_choices_survive(tmp_path):
 def test_mining_errors_are_one_line(tmp_path):
     """A run without samples, a broken line or a misspelt option ends in a traceback, or in an empty training file."""
     (tmp_path / "broken/samples").mkdir(parents=True)
-    (tmp_path / "broken/samples/step_1.jsonl").write_text(
-        '{"question": "q", "answer": "a", "reward": 0.0}\n{"quest'
-    )
+    whole = '{"question": "q", "answer": "a", "correct": false, "reward": 0.0}\n'
+    (tmp_path / "broken/samples/step_1.jsonl").write_text(whole + '{"quest')
     write_step(tmp_path / "easy", 1, {"q": (64, 64)})
     for argv, code, words in [
         ([], 2, "usage"),

@@ -121,9 +121,15 @@ todo_file, last = sys.argv[1], 0
 todo = json.load(open(todo_file))  # phases, and who is killed soon after each has begun, or which signal arrives
 rng = random.Random(sum(map(ord, str(todo))))
 
+def command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # It has just ended.
+        return ""
+
 def disturb(victim):
     mark = {"worker": "ray::Worker", "grader": "reward.py", "everyone": "ray::Worker"}.get(victim)
-    found = [p for p in psutil.Process().children(recursive=True) if mark and mark in " ".join(p.cmdline())]
+    found = [p for p in psutil.Process().children(recursive=True) if mark and mark in command_of(p)]
     if victim == "everyone":  # as a cluster's scheduler ends a job
         psutil.Process().terminate()
         return [p.kill() for p in found]

@@ -4,6 +4,7 @@ Engines take seconds to build, so all checks run in two starts: `one_rank` and `
 look at what came back.
 """
 
+import glob
 import json
 import zlib
 
@@ -299,3 +300,16 @@ def test_every_end_token_of_a_model_folder(tmp_path):
     assert rollout.end_tokens(str(tmp_path)) == [5]
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
     assert rollout.end_tokens(str(tmp_path)) == []
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    """vLLM looks for weights by a pattern of names: in a folder run[lr=1e-6] it finds none."""
+
+    folder = tmp_path / "run[lr=1e-6] *"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with rollout.plain_path(str(folder)) as path:
+        assert glob.glob(f"{path}/*.json") == [f"{path}/config.json"]
+    with rollout.plain_path(str(tmp_path)) as path:
+        assert path == str(tmp_path)
+    assert (folder / "config.json").exists()  # the link has gone, and not what it pointed to

@@ -1,7 +1,8 @@
-"""Export a kept checkpoint of a run as Hugging Face folders: python tools/export.py runs/NAME STEP
+"""Export a kept checkpoint of a run as Hugging Face folders: python tools/export.py runs/NAME STEP [--model=FOLDER]
 
 In:   runs/NAME/checkpoints/step_STEP.   Out: runs/NAME/policy_step_STEP and critic_step_STEP.
 It takes as many workers as the run had, since each of them holds a part. A run exports its last step by itself.
+Where the folder that the run started from has moved, --model (or --critic_model) says where it is now.
 """
 
 import json
@@ -13,17 +14,22 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
 
-from configs.load import UserError  # noqa: E402
+from configs.load import UserError, find  # noqa: E402
+from data.content import model_content  # noqa: E402
 from data.load import chat_template  # noqa: E402
+from data.models import local_model, read_tokenizer  # noqa: E402
 from launch import start_ray  # noqa: E402
 from log import Log  # noqa: E402
 from workers import StopRequest, WorkerGroup, checkpoints, learned_networks  # noqa: E402
 
+USAGE = __doc__.splitlines()[0]
 
-def export(folder, step):
+
+def export(folder, step, moved):
     """Write the networks of a checkpoint as Hugging Face folders into the run's folder.
 
-    Raises UserError where there is no such run or checkpoint, or where the run is at work.
+    moved: setting → where the model is now that it names. Raises UserError where there is no such run, checkpoint or model,
+    or where the run is at work.
     """
     config = folder / "config.json"
     if not config.exists():
@@ -33,9 +39,8 @@ def export(folder, step):
     saved = checkpoints(cfg)
     if step not in saved:
         raise UserError(f"{folder} has no checkpoint of step {step}; there are {sorted(saved)}")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    find_models(cfg, moved)
+    tokenizer = read_tokenizer(cfg, f"model={cfg.model!r}")
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
     log = Log(cfg)  # takes the lock of the run
     workers = WorkerGroup(cfg, log, start_ray(log), StopRequest())
@@ -46,14 +51,37 @@ def export(folder, step):
     log.say(f"networks in {' and '.join(folders)}")
 
 
+def find_models(cfg, moved):
+    """Set the models of the run to where they are now. Raises UserError where one is gone, or is another one."""
+    if cfg.critic_model == cfg.model:  # as by default: both have moved
+        moved.setdefault("critic_model", moved.get("model", cfg.model))
+    for setting in ("model", "critic_model"):
+        path = find(moved.get(setting, getattr(cfg, setting)))
+        if setting not in moved and not os.path.isdir(path):
+            raise UserError(
+                f"{setting}={path!r}, from which the run started, is gone: --{setting}=FOLDER says where it is"
+            )
+        setattr(cfg, setting, local_model(path, setting))
+    models = {"model": model_content(cfg.model), "critic_model": model_content(cfg.critic_model)}
+    cfg.content = getattr(cfg, "content", {}) | models
+
+
+def read_arguments(argv):
+    """(the run's folder, the step, {setting: path} of models that have moved)."""
+    moved = {}
+    for argument in argv[2:]:
+        key, _, path = argument.partition("=")
+        if key not in ("--model", "--critic_model") or not path:
+            raise UserError(USAGE)
+        moved[key.removeprefix("--")] = path
+    if len(argv) < 2 or not argv[1].isdigit():
+        raise UserError(USAGE)
+    return Path(argv[0]).resolve(), int(argv[1]), moved
+
+
 def main(argv):
     try:
-        if len(argv) != 2 or not argv[1].isdigit():
-            raise UserError(__doc__.splitlines()[0])
-        folder = Path(argv[0]).resolve()
-        # Ray puts the current folder before the project's on a Worker's path: a reward.py there would be imported.
-        os.chdir(ROOT)
-        export(folder, int(argv[1]))
+        export(*read_arguments(argv))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""What a run began from, as hashes of content, so that it goes on wherever the project, its model or its data have moved.
+
+A hub model that got a commit elsewhere (a README), or another HF_HOME, changes its folder's path and nothing else.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from data.models import read_dict, read_header, weight_files
+
+# Of config.json: which program wrote it, and from where.
+PROVENANCE = ("transformers_version", "_name_or_path")
+
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
+    vocab.json merges.txt vocab.txt tokenizer.model spiece.model""".split()
+
+# Two fine-tunes of one model have files of the same size with the same header: parts of the data tell them apart.
+NUM_PLACES, PLACE_BYTES = 16, 2**16
+
+
+def run_content(cfg):
+    """{"model": …, "critic_model": …, "train_data": …, "task": …}: hashes of what these settings name."""
+    model = model_content(cfg.model)
+    critic = model if cfg.critic_model == cfg.model else model_content(cfg.critic_model)
+    data = [file_hash(path) for path in cfg.train_data]
+    task = file_hash(cfg.task) if cfg.task else ""
+    return {"model": model, "critic_model": critic, "train_data": data, "task": task}
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_content(folder):
+    """{part of a model folder: hash}. Weights are not read whole, which would take minutes for a large model."""
+    place = f"model={folder!r}"
+    config = read_dict(folder, "config.json", place)
+    settings = {name: value for name, value in config.items() if name not in PROVENANCE}
+    tokenizer = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if os.path.exists(f"{folder}/{name}"):
+            tokenizer.update(f"{name} {file_hash(f'{folder}/{name}')}".encode())
+    weights = hashlib.sha256()
+    for name in weight_files(folder, place):
+        weights.update(weights_hash(folder, name, place).encode())
+    content = {"config.json": json_hash(settings), "tokenizer": tokenizer.hexdigest()}
+    content["weights"] = weights.hexdigest()
+    if os.path.exists(f"{folder}/generation_config.json"):  # What else it holds is not used.
+        end_tokens = read_dict(folder, "generation_config.json", place).get("eos_token_id")
+        content["end tokens"] = json_hash(end_tokens)
+    return content
+
+
+def json_hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def weights_hash(folder, name, place):
+    """The hash of a safetensors file's header, its size, and 64 KiB at each of 16 fixed places of its data."""
+    header = read_header(folder, name, place)
+    size = Path(folder, name).stat().st_size
+    digest = hashlib.sha256(json.dumps([size, header], sort_keys=True).encode())
+    with open(Path(folder, name), "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # of the data
+        for i in range(NUM_PLACES):
+            file.seek(start + (size - start) * i // NUM_PLACES)
+            digest.update(file.read(PLACE_BYTES))
+    return digest.hexdigest()
