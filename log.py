@@ -159,8 +159,12 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before."""
-        if self.new:
+        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before.
+
+        A restart may find too few machines for a run that has begun, or has reported an error: that folder stays.
+        """
+        has_begun = files_in(self.dir) - {"config.json", "samples", "logs"}
+        if self.new and not has_begun:
             shutil.rmtree(self.dir)
             for folder in self.new_parents:
                 if not os.listdir(folder):

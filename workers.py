@@ -299,10 +299,8 @@ class Worker:
             raise RuntimeError("vLLM is asleep: it generates after a sync only")
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
-        samples, verdicts = (
-            {},
-            {},
-        )  # place in `prompts` → what belongs there; an interrupted engine leaves places out
+        samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
+        verdicts = {}  # place in `prompts` → a Future of (correct, outcome)
         sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
         for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]
@@ -476,6 +474,7 @@ class WorkerGroup:
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, saved[self.step])
             self.sync()
+        self.networks_step = self.step  # sync has counted one on
         self.seconds = {}
 
     # -- Phases of a step, in their order

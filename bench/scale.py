@@ -236,7 +236,7 @@ def where_it_goes(profile):
 def start_ray(num_workers):
     import ray
 
-    ray.init(
+    return ray.init(
         "local",
         num_cpus=num_workers,  # of which this machine has two: the Workers sleep
         include_dashboard=False,
@@ -245,7 +245,6 @@ def start_ray(num_workers):
         object_store_memory=4 * 2**30,
         _system_config={"worker_maximum_startup_concurrency": 4, "worker_register_timeout_seconds": 600},
     )
-    return ray
 
 
 def make_tasks():
@@ -264,6 +263,8 @@ def run(num_workers, options, folder):
 
     One step warms up, options.steps count, and one runs under the profiler.
     """
+    import ray
+
     import reward
 
     steps = options.steps + 2
@@ -273,10 +274,11 @@ def run(num_workers, options, folder):
     seconds = recorded_seconds(options.step_seconds)
     workers.Worker = stand_in(seconds, lengths, reward.response_stats(TEXT), TEXT)
     tasks = make_tasks()
-    ray = start_ray(num_workers)
+    context = start_ray(num_workers)
     start = time.monotonic()
     log = Marked(cfg)
-    group = workers.WorkerGroup(cfg, log, on_gpu=False, stop_request=workers.StopRequest())
+    cluster = workers.Cluster(has_gpus=False, session_dir=context.address_info["session_dir"])
+    group = workers.WorkerGroup(cfg, log, cluster, workers.StopRequest())
     group.place()
     group.start()
     log.start(group.step, group.num_parameters, tasks)

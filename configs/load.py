@@ -291,18 +291,22 @@ def check_without_critic(cfg):
 
 
 def without_effect(cfg):
-    """Settings that differ from their defaults and change nothing beside the others: a line about each, to be printed."""
+    """Settings that differ from base.py and change nothing beside the others: a line about each, to be printed."""
+    unused = {}  # setting → why
+    if updates_per_step(cfg, "policy") == 1:
+        for key in ("clip_eps", "clip_eps_high"):
+            unused[key] = "with one policy update a step the ratio is always 1"
+    if not has_reference(cfg):
+        unused["update_ref_every"] = "kl_coef and kl_loss_coef are 0"
+    if cfg.kl_loss_coef == 0:
+        unused["kl_estimator"] = "kl_loss_coef is 0"
+    if not has_critic(cfg):
+        for key in ("gamma", "lam", "critic_lam", "value_clip"):
+            unused[key] = "only advantage='gae' uses it"
+    base = read_file(BASE)
     lines = []
-    if cfg.clip_eps_high and updates_per_step(cfg, "policy") == 1:
-        lines.append(
-            f"clip_eps_high={cfg.clip_eps_high}: with one policy update a step the ratio is always 1"
-        )
-    if cfg.update_ref_every and not has_reference(cfg):
-        lines.append(f"update_ref_every={cfg.update_ref_every}: kl_coef and kl_loss_coef are 0")
-    if cfg.kl_estimator != "k3" and not cfg.kl_loss_coef:
-        lines.append(f"kl_estimator={cfg.kl_estimator!r}: kl_loss_coef is 0")
-    for key in ("gamma", "lam", "critic_lam"):
+    for key, reason in unused.items():
         value = getattr(cfg, key)
-        if value != 1 and not has_critic(cfg):
-            lines.append(f"{key}={value}: only advantage='gae' uses it")
-    return [f"without effect: {line}" for line in lines]
+        if value != base[key]:
+            lines.append(f"{key}={value!r} has no effect: {reason}")
+    return lines

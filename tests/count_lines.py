@@ -31,6 +31,7 @@ MACHINERY = [
     "data/load.py",
     "data/models.py",
     "tools/plan.py",
+    "tools/gpu_machine.py",
 ]
 
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}

@@ -1,9 +1,9 @@
 """The tests for whoever edits: `make quick`, or python tests/quick.py [pytest's arguments]. Under a minute on two quiet cores.
 
-They cover formulas, packing, networks, settings, data, the plan, the log and the grader, and need torch, transformers
-and the small packages of requirements.txt, but neither Ray nor vLLM nor DeepSpeed: importing one of these fails here,
-whether it is installed or not. Left out are the tests that compare something with DeepSpeed, and those that kill a
-grading process, since they wait for seconds until it is gone. `make test` runs them all.
+They cover formulas, packing, networks, settings, data, the plan, the log, the grader and the pages, and need torch,
+transformers and the small packages of requirements.txt, but neither Ray nor vLLM nor DeepSpeed: importing one of these
+fails here, whether it is installed or not. Left out are the tests that compare something with DeepSpeed, and those that
+kill a grading process, since they wait for seconds until it is gone. `make test` runs them all.
 """
 
 import sys
@@ -20,6 +20,7 @@ FILES = [
     "test_cheating.py",
     "test_configs.py",
     "test_data.py",
+    "test_docs.py",
     "test_evaluate.py",
     "test_forking.py",
     "test_lines.py",

@@ -155,7 +155,7 @@ def test_export_takes_the_new_place(tmp_path, monkeypatch, capsys):
     class ReachedRay(Exception):
         pass
 
-    def stop():
+    def stop(log):
         raise ReachedRay
 
     monkeypatch.setattr(export, "start_ray", stop)

@@ -146,9 +146,8 @@ def graded_samples():
     worker.gpu_owner = "rollout"
     worker.grader = reward.Grader(1)
     prompts = list(enumerate(tasks.eval["eval"][:64]))
-    samples, _ = worker.generate(
-        workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0, max_tokens=LIMIT)
-    )
+    request = workers.Request(prompts, 16, seed=1, temperature=1.0, top_p=1.0, max_tokens=LIMIT)
+    samples, _ = worker.generate(request)
     answers = [prompt.question.answer for _, prompt in prompts]
     return samples, [answers[response.prompt_index] for response in samples]
 

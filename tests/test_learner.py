@@ -138,7 +138,7 @@ def variants_of_the_policy(still, batch):
     for name in VARIANTS:
         still.cfg, still.drift_limit = variant_settings(name), -1.0
         changed = variant_batch(batch, still.cfg)
-        plan = even_plan(ppo.policy_samples(changed, still.cfg), 5, still.world_size)
+        plan = even_plan(ppo.policy_samples(changed, still.cfg), 3, still.world_size)
         results["variant", name] = gradient_and_metrics(still, changed, plan)
     return results
 

@@ -639,6 +639,16 @@ def test_only_a_new_folder_is_discarded(run, tmp_path):
     assert not (tmp_path / "c").exists() and tmp_path.exists()
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/step_1/policy_0.safetensors", "error.txt"])
+def test_a_run_that_has_begun_is_not_discarded(run, file):
+    """A machine leaves, the restart finds too few of them, and a week's run is removed along with its checkpoints."""
+    assert run.new
+    (run.dir / file).parent.mkdir(parents=True, exist_ok=True)
+    (run.dir / file).write_text("{}\n")
+    run.discard()
+    assert (run.dir / file).read_text() == "{}\n"
+
+
 def test_cut_forgets_what_came_after(run):
     """A step that is made again stands twice in metrics.jsonl or TensorBoard, or a crash in mid-line stops the resume."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -328,7 +328,8 @@ def test_launch_refuses_what_does_not_fit(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 128}))
     arguments = ["configs/tiny.py", f"--model={folder}", f"--out_dir={tmp_path}/runs", "--dtype=bfloat16"]
     arguments.append("--gpu_memory=80")
-    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    # Ray refuses to offer a GPU where this variable hides them all. Nothing gets as far as using it.
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(
         [sys.executable, "-c", ON_GPUS, *arguments],
         capture_output=True,

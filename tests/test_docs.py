@@ -1,0 +1,238 @@
+"""README.md and docs/*.md: links lead somewhere, files and settings that are named exist, every metric is explained."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.load import BASE, read_file
+from log import EVALUATION_COLUMNS, MAY_CHANGE, STEP_COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def code_blocks(text):
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def backticked(text):
+    """What stands in single backticks outside of code blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page):
+    """The names under which GitHub links to the headings of a page."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(kept.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    """A page is renamed, and the front page still points at it."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name_of(page)} links to {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{name_of(page)} links to {link}"
+
+
+def test_the_tree_of_files_exists():
+    """The front page shows where things are; a file that was moved is not there any more."""
+    tree = next(block for block in code_blocks(README) if block.startswith("launch.py "))
+    found = set()
+    for line in tree.splitlines():
+        first, *others = re.findall(r"[\w./]+(?:\.(?:py|lark|md)|/)(?=[\s,:;)]|$)", line)
+        for name in [first, *others]:
+            places = [ROOT / name]
+            if first.endswith("/"):
+                places.append(ROOT / first / name)  # the line of a folder names files in it
+            assert any(place.exists() for place in places), f"{name} in the line {line!r}"
+            found.add(name)
+    assert {"launch.py", "ppo.py", "base.py", "plan.py", "docs/"} <= found
+
+
+FOLDERS = "configs|data|tools|tests|bench|docs|docker"
+# Files in a folder of the project, or Python files beside launch.py. data/orz/ and models/ are made by data/prepare.py.
+FILES = re.compile(rf"(?<![\w./])(?!data/orz/)((?:{FOLDERS})/[\w./]*\w\.\w+|\w+\.py)\b")
+OF_THE_READER = {"mine.py", "longer.py"}  # examples
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page):
+    """A command or a sentence names a file that is gone: tools/plot.py was plot.py once."""
+    text = page.read_text(encoding="utf-8")
+    for part in [*code_blocks(text), *backticked(text)]:
+        for name in FILES.findall(part):
+            inside = [ROOT / name, *(ROOT / folder / name for folder in FOLDERS.split("|"))]
+            is_there = Path(name).name in OF_THE_READER or any(path.exists() for path in inside)
+            assert is_there, f"{name_of(page)} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_settings_of_commands_exist(page):
+    """A command on a page ends in "unknown setting"."""
+    known = read_file(BASE)
+    commands = re.findall(r"launch\.py[^\n|]*", page.read_text(encoding="utf-8"))
+    for command in commands:
+        for key in re.findall(r"--(\w+)=", command):
+            assert key in known, f"{name_of(page)}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_targets_of_make_exist(page):
+    """A page says `make` and a word that the Makefile does not know."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE)) | {"soak"}
+    text = page.read_text(encoding="utf-8")
+    for part in [*code_blocks(text), *backticked(text)]:
+        for target in re.findall(r"\bmake ([a-z-]+)", part):
+            assert target in targets, f"{name_of(page)}: make {target}"
+
+
+def test_the_loop_on_the_front_page_is_that_of_train():
+    """The front page shows the loop in ten lines; launch.train makes the same calls in the same order."""
+    block = next(block for block in code_blocks(README) if block.startswith("for step in range("))
+    train = function_in("launch.py", "train")
+    calls = re.findall(r"(?<![\w.])(?:\w+\.)?\w+(?=\()(?<!range)", re.sub(r"#.*", "", block))
+    assert len(calls) >= 8
+    position = 0
+    for call in calls:
+        position = train.find(f"{call}(", position)
+        assert position >= 0, f"{call} is not in launch.train, or not there in this order"
+
+
+# ---- Metrics -----------------------------------------------------------------------------------------------------
+
+
+def source_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def function_node(file, name):
+    nodes = ast.walk(ast.parse(source_of(file)))
+    return next(node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def function_in(file, name):
+    return ast.get_source_segment(source_of(file), function_node(file, name))
+
+
+# The functions that make a step's metrics. Their literal keys are those of metrics.jsonl.
+MAKERS = [
+    *[("launch.py", name) for name in ("train", "update_policy", "response_metrics", "group_metrics")],
+    *[("launch.py", name) for name in ("evaluate", "question_scores")],
+    *[("ppo.py", name) for name in ("set_advantages", "importance_weights", "update", "accumulate")],
+    *[("ppo.py", name) for name in ("policy_terms", "critic_terms", "apply")],
+]
+DICTS = {"metrics", "vectors", "shares", "sums", "results", "means"}  # what they call what they fill
+PARTS = {  # what stands in the braces of a key
+    "kind": ["policy", "critic"],
+    "name": ["", "_right", "_wrong"],
+}
+
+
+def keys_of(node):
+    """The keys that an expression may stand for; [] for a variable, whose values come from elsewhere."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if not isinstance(node, ast.JoinedStr):
+        return []
+    keys = [""]
+    for part in node.values:
+        texts = [part.value] if isinstance(part, ast.Constant) else PARTS[part.value.id]
+        keys = [key + text for key in keys for text in texts]
+    return keys
+
+
+def keys_made_by(file, name):
+    """Literal keys of the dicts that a function makes, returns or fills. A dict that a loop runs over is no result."""
+    function = function_node(file, name)
+    looped = {id(node.iter.func.value) for node in ast.walk(function) if is_loop_over_dict(node)}
+    keys = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Dict) and id(node) not in looped:
+            for key in node.keys:
+                keys.update(keys_of(key) if key else [])
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in DICTS:
+                keys.update(keys_of(node.slice))
+    return keys
+
+
+def is_loop_over_dict(node):
+    if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call):
+        return False
+    function = node.iter.func
+    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Dict)
+
+
+def metrics_in_the_code():
+    import launch
+    from reward import response_stats
+
+    keys = {*response_stats(""), *launch.UNGRADED}
+    for file, name in MAKERS:
+        keys |= keys_made_by(file, name)
+    return keys
+
+
+def phases_in_the_code():
+    """The phases of `seconds`: what WorkerGroup gives to call() and sample() first. Start and export are in no step."""
+    source = source_of("workers.py")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    group = next(node for node in classes if node.name == "WorkerGroup")
+    phases = set(re.findall(r"self\.(?:call|sample)\(\s*\"(\w+)\"", ast.get_source_segment(source, group)))
+    return phases - {"setup", "load", "export"} | {
+        "policy",
+        "critic",
+    }  # WorkerGroup.update's is the network's
+
+
+def metrics_of_stored_rows():
+    keys = set()
+    for line in source_of("tests/old_run/metrics.jsonl").splitlines():
+        row = json.loads(line)
+        keys |= row.keys() | row["seconds"].keys()
+        for result in row.get("eval", {}).values():
+            keys |= result.keys()
+    return keys
+
+
+def test_every_metric_is_explained():
+    """A metric in metrics.jsonl of which nobody says what it is. A new one needs a row in docs/metrics.md."""
+    made = metrics_in_the_code()
+    assert {"entropy", "lr_critic", "response_tokens_wrong_std", "update_kl", "kl_loss", "epoch"} <= made
+    phases = phases_in_the_code()
+    assert {"generate", "eval", "values", "save", "sync"} <= phases
+    explained = set(backticked((ROOT / "docs/metrics.md").read_text(encoding="utf-8")))
+    missing = (made | phases | metrics_of_stored_rows()) - explained
+    assert not missing, f"docs/metrics.md does not explain {sorted(missing)}"
+
+
+def test_every_column_is_explained():
+    """The printed table has titles of its own; metrics.md says which metric each of them is."""
+    explained = set(backticked((ROOT / "docs/metrics.md").read_text(encoding="utf-8")))
+    for column in [*STEP_COLUMNS, *EVALUATION_COLUMNS]:
+        assert column.title in explained, column.title
+
+
+def test_settings_that_may_change_are_listed():
+    """operations.md says which settings may differ when a run goes on; log.py decides it."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| may change |"))
+    recorded = {"versions", "commit"}  # what a run writes down about itself is no setting
+    assert set(backticked(row)) == set(MAY_CHANGE) - recorded
