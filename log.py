@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import secrets
 import shlex
 import shutil
 import statistics
@@ -266,7 +267,7 @@ class Log:
         if self.wandb_file().exists():
             self.wandb_sent = json.loads(self.wandb_file().read_text())
         else:
-            self.wandb_sent = {"id": wandb.util.generate_id(), "step": -1}
+            self.wandb_sent = {"id": secrets.token_hex(4), "step": -1}
         config = dict(vars(self.cfg))
         del config["versions"]  # W&B lists the packages by itself.
         with self.best_effort(WANDB, Exception):

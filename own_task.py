@@ -13,7 +13,6 @@ Only grading processes (reward.py) load a task file. Each reply is a list [resul
 
 import inspect
 import json
-import math
 import numbers
 import os
 import sys
@@ -71,9 +70,10 @@ class OwnTask:
         code = getattr(inspect.unwrap(self.functions.get(name)), "__code__", None)
         if line == 1 and code:
             line = code.co_firstlineno
-        kind = "" if isinstance(error, TaskError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split())
-        return f"{self.path}:{line}: {kind}{reason}"[:600]
+        reason = getattr(error, "msg", None) or str(error)  # A SyntaxError's text repeats file and line.
+        if not isinstance(error, TaskError):
+            reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        return " ".join(f"{self.path}:{line}: {reason}".split())[:600]
 
     # ---- Requests ----------------------------------------------------------------------------------------------
 
@@ -138,6 +138,6 @@ def as_number(value):
         value = value.item()
     if not isinstance(value, numbers.Real):
         raise TaskError(f"reward returned {value!r:.80}, not a number")
-    if not math.isfinite(value) or abs(value) > LARGEST_REWARD:
+    if not abs(value) <= LARGEST_REWARD:  # NaN is neither below nor above it.
         raise TaskError(f"reward returned {value!r:.80}: it must be finite, at most {LARGEST_REWARD:g}")
     return float(value)
