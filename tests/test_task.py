@@ -559,16 +559,28 @@ run.wandb.finish()
 """
 
 
+def leveldb_records(log):
+    """The records of a LevelDB log: blocks of 32 KiB, less the format's name in the first one, of parts of records."""
+    record, start, block_end = b"", 0, 2**15 - 7
+    while start + 7 <= len(log):
+        if block_end - start < 7:  # No header fits into the rest of a block.
+            start, block_end = block_end, block_end + 2**15
+            continue
+        length, kind = int.from_bytes(log[start + 4 : start + 6], "little"), log[start + 6]
+        record += log[start + 7 : start + 7 + length]
+        start += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
 def sent_to_wandb(folder):
     """The rows of all files that wandb wrote in offline mode, and the ids of the runs that these belong to."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     rows, ids = [], set()
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        for data in leveldb_records(path.read_bytes()[7:]):  # behind 7 bytes that name the format
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
