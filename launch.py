@@ -23,13 +23,29 @@ from collections import Counter
 
 import numpy as np
 
-from configs.load import ROOT, UserError, has_critic, has_reference, load, updates_per_step, without_effect
+from configs.load import (
+    ROOT,
+    UserError,
+    check_has_questions,
+    has_critic,
+    has_reference,
+    load,
+    updates_per_step,
+    without_effect,
+)
 from data import prepare
 from data.content import run_content
-from data.load import check_references, load_questions, read_tasks, report_overlap, step_questions
+from data.load import (
+    check_references,
+    load_questions,
+    read_tasks,
+    report_overlap,
+    step_questions,
+    task_questions,
+)
 from data.models import local_model
-from log import Log
-from reward import REFLECTION, Grader, extract_answer
+from log import Log, outlive_terminal
+from reward import REFLECTION, Grader, extract_answer, task_file
 from tools import plan
 from workers import (
     Cluster,
@@ -137,7 +153,7 @@ def mean(values):
 
 
 # Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
-UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed")
+UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed", "task_error")
 
 
 def response_metrics(samples):
@@ -290,16 +306,30 @@ def start_cluster():
 
 def run(cfg, argv):
     """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
+    # A task file that cannot be loaded, and data that cannot be read, end the run before it has begun.
+    grader = Grader(2, task_file(cfg, cfg.task))
+    has_own_questions = "questions" in grader.task_functions
+    if has_own_questions:
+        cfg.train_data = cfg.eval_data = []
     cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
     cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
-    data = {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
+    data = {} if has_own_questions else load_data(cfg)
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     cfg.content = run_content(cfg)
     log = Log(cfg)
     try:
-        check_references(data, Grader(2), log.say)
+        if cfg.wandb:
+            log.check_wandb()
+        if has_own_questions:
+            folder = log.dir / "questions"
+            cfg.train_data = [] if cfg.eval_only else task_questions(grader, "train", folder)
+            cfg.eval_data = task_questions(grader, "eval", folder)
+            data = load_data(cfg)
+        if "is_correct" not in grader.task_functions:
+            check_references(data, grader, log.say)
         report_overlap(cfg, data, log.say)
+        del grader  # Its process ends, with all that the task file has loaded.
         tasks = read_tasks(cfg, data, log)
         return run_with_restarts(cfg, argv, tasks, log)
     except UserError:
@@ -308,6 +338,12 @@ def run(cfg, argv):
     except Exception as error:
         report(error, log)
         return 1
+
+
+def load_data(cfg):
+    """The questions of all files: path → Questions."""
+    check_has_questions(cfg)
+    return {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
 
 
 def run_with_restarts(cfg, argv, tasks, log):
@@ -392,6 +428,7 @@ def report(error, log):
 
 
 def main(argv):
+    outlive_terminal()
     try:
         cfg = load(argv)
         if cfg.dry_run:

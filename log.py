@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import secrets
 import shlex
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.load import ROOT, UserError
+from reward import task_copy, task_file
 
 TOOLS = ROOT / "tools"
 
@@ -34,9 +36,10 @@ RUN_VERSION = 2
 # Any other would make it another run.
 MAY_CHANGE = """model critic_model train_data content steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
-    name versions commit trust_remote_code""".split()
+    name versions commit trust_remote_code task task_memory_gb wandb""".split()
 
 HEADER_EVERY = 20  # steps
+WANDB = "Weights & Biases"
 
 
 class Column(NamedTuple):
@@ -121,6 +124,7 @@ class Log:
         self.cfg = cfg
         self.dir = Path(cfg.out_dir) / cfg.name
         self.tensorboard = None  # opened by cut()
+        self.wandb = None  # opened by cut()
         self.drift_means = []  # of the steps so far
         self.first_step = None  # of this process
         self.first_step_end = None  # in seconds of time.monotonic()
@@ -131,23 +135,26 @@ class Log:
         cfg.versions = installed()  # Every node must have these packages: the Workers compare.
         settings = json.loads(json.dumps(vars(cfg)))
         settings |= {"run_version": RUN_VERSION, "commit": code_commit()}
+        task = task_file(cfg, cfg.task)
         try:
             self.new = not files_in(self.dir)
             self.new_parents = [folder for folder in self.dir.parents if not folder.exists()]
             check_same_run(self.dir, settings)
-            self.make_folder(settings)
+            self.make_folder(settings, task)
         except BlockingIOError:
             raise UserError(f"{self.dir}: another process is at work in it") from None
         except OSError as error:
             reason = f"cannot write to {self.dir}: {error.strerror}"
             raise UserError(f"{reason}; choose an --out_dir") from None
 
-    def make_folder(self, settings):
+    def make_folder(self, settings, task):
         """Make what is missing of the folder, lock it for this process, and write config.json. Raises OSError."""
         for folder in ("samples", "logs"):
             (self.dir / folder).mkdir(parents=True, exist_ok=True)
         self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if task:
+            task_copy(self.cfg).write_text(task.text, encoding="utf-8")
         # The file is renamed when it is complete, so that a crash never leaves half of it.
         (self.dir / "config.tmp").write_text(json.dumps(settings, indent=2))
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
@@ -183,6 +190,8 @@ class Log:
             self.metrics.truncate(len(text))  # The file begins with these rows, in ASCII.
         shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
         self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"))
+        if self.cfg.wandb and self.wandb is None:
+            self.open_wandb()
         self.drift_means = []
         for row in rows:
             self.scalars(row)
@@ -202,21 +211,76 @@ class Log:
         return max(scores, key=scores.get, default=None)
 
     @contextmanager
-    def best_effort(self, what):
+    def best_effort(self, what, errors=OSError):
         """Let a failed write of something that training does not need pass: it is said once, and counted."""
         try:
             yield
-        except OSError as error:
+        except errors as error:
             self.failed_writes[what] += 1
             if self.failed_writes[what] == 1:
                 self.say(f"{what} cannot be written ({error}): the run goes on without it", bold=True)
 
     def scalars(self, metrics):
+        """Write a step's metrics to TensorBoard, and to Weights & Biases where that is in use."""
         with self.best_effort("tensorboard/"):
             for name, value in flatten(metrics).items():
                 if name != "step":
                     self.tensorboard.add_scalar(name, value, metrics["step"])
             self.tensorboard.flush()
+        if self.wandb and metrics["step"] > self.wandb_sent["step"]:
+            with self.best_effort(WANDB, Exception):
+                self.wandb.log(flatten(metrics))
+                self.wandb_sent["step"] = metrics["step"]
+                self.wandb_file().write_text(json.dumps(self.wandb_sent))
+
+    # ---- Weights & Biases --------------------------------------------------------------------------------------
+
+    def wandb_file(self):
+        """The file that keeps the id of this run at Weights & Biases and the last step that was sent there.
+
+        A run that goes on makes its last steps again and gets the same metrics, and W&B cannot forget a step: what was
+        sent once is not sent again.
+        """
+        return self.dir / "wandb.json"
+
+    def check_wandb(self):
+        """Raise UserError unless the package wandb is there and has a login, or needs none."""
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.dir / "wandb"))
+        try:
+            import wandb
+        except ImportError:
+            command = f"{sys.executable} -m pip install wandb"
+            raise UserError(f"wandb=True needs the package wandb: {command}") from None
+        if os.environ.get("WANDB_MODE", "online") != "online":
+            return
+        try:
+            reason = "" if wandb.login(prompt=False) else "nobody is logged in"
+        except wandb.Error as error:
+            reason = str(error)
+        if reason:
+            raise UserError(f"wandb=True: {reason}; run `wandb login`, or set WANDB_MODE=offline")
+
+    def open_wandb(self):
+        """Begin this run at Weights & Biases, or go on with it."""
+        import wandb
+
+        if self.wandb_file().exists():
+            self.wandb_sent = json.loads(self.wandb_file().read_text())
+        else:
+            self.wandb_sent = {"id": secrets.token_hex(4), "step": -1}
+        config = dict(vars(self.cfg))
+        del config["versions"]  # W&B lists the packages by itself.
+        with self.best_effort(WANDB, Exception):
+            self.wandb = wandb.init(
+                project="nanoORZ",
+                name=self.cfg.name,
+                id=self.wandb_sent["id"],
+                resume="allow",
+                dir=self.dir,
+                config=config,
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            self.wandb.define_metric("*", step_metric="step")
 
     def lines(self, name, rows):
         """Write samples/NAME.jsonl. `rows` are lines of JSON, as sample_line makes them, or dicts."""
@@ -331,6 +395,9 @@ class Log:
 
         ending is "done" or what stopped the run, step the last finished one, argv the arguments of launch.py.
         """
+        if self.wandb:
+            with self.best_effort(WANDB, Exception):
+                self.wandb.finish()
         rows = self.rows()
         minutes = sum(sum(row["seconds"].values()) for row in rows) / 60
         reached = f" after step {step} of {self.cfg.steps}" if self.cfg.steps else ""
@@ -375,7 +442,7 @@ def check_same_run(folder, settings):
     """Raise UserError unless the folder is new, or holds a run that can go on with these settings."""
     found = files_in(folder)
     if "config.json" not in found:
-        if found - {"samples", "logs", "config.tmp"}:
+        if found - {"samples", "logs", "config.tmp", "task.py"}:
             raise UserError(f"{folder} exists and is no run: choose another --name, or move it away")
         return
     before = read_settings(folder)

@@ -40,6 +40,7 @@ class Sample:
     graded: str = ""  # how the verdict was reached, one of the outcomes of reward.Grader
     stats: dict | None = None  # reward.response_stats of the text
     line: str = ""  # the sample as one line of samples/
+    error: str = ""  # of the task file, where it failed on this response
 
 
 class Batch:

@@ -6,12 +6,14 @@ Out:  (correct, outcome): whether the response is correct, and how that was foun
 
     response → extract_answer → Grader → a process of its pool → equality.decide
 
-The processes are `python reward.py`. Only they import equality.py and the libraries that read mathematics. Why not
-pebble: it took 13 s for 8,192 fractions on two processes, and a process killed at rest breaks its pool for good.
+The processes are `python reward.py`. Only they import equality.py and the libraries that read mathematics, and only
+they run a task file (own_task.py), which may replace the rule and the reward. Why not pebble: it took 13 s for 8,192
+fractions on two processes, and a process killed at rest breaks its pool for good.
 """
 
 import ctypes
 import json
+import os
 import re
 import resource
 import select
@@ -19,13 +21,19 @@ import signal
 import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from subprocess import PIPE, Popen
+from typing import NamedTuple
+
+from configs.load import UserError
 
 # Limits of a grading process. CPU time per request, however busy the machine is; wall-clock time per request, for a
-# process that neither works nor ends (0 such requests in a healthy run); address space.
+# process that neither works nor ends (0 such requests in a healthy run); address space, without a task file.
 CPU_SECONDS = 2.0
 WALL_SECONDS = 30.0
 MEMORY_BYTES = 1 << 30
+# Wall-clock time in which a task file is loaded, with all that it imports, or gives the questions of a split.
+TASK_SECONDS = 600.0
 
 
 def extract_answer(response: str) -> str:
@@ -77,13 +85,59 @@ def response_stats(response: str) -> dict[str, float]:
     return stats
 
 
+class TaskFile(NamedTuple):
+    """A task file, as it was when the run began."""
+
+    path: str
+    text: str
+    memory_gb: float  # GiB of address space for each of its processes
+
+
+def task_file(cfg, path=None) -> TaskFile | None:
+    """The task file of a run; None where it has none. The text is that of `path`, or else the run's own copy."""
+    if not cfg.task:
+        return None
+    path = path or task_copy(cfg)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task file {path} cannot be read as UTF-8 text: {error}") from None
+    return TaskFile(cfg.task, text, cfg.task_memory_gb)
+
+
+def task_copy(cfg) -> Path:
+    """The copy of the task file that a run keeps in its folder."""
+    return Path(cfg.out_dir, cfg.name, "task.py")
+
+
+class Reply(NamedTuple):
+    """What a grading process answers."""
+
+    result: object
+    outcome: str
+    error: str = ""  # of a task file, with the file and the line
+
+
+class Verdict(NamedTuple):
+    """How a response was judged."""
+
+    correct: bool
+    reward: float
+    outcome: str
+    error: str = ""  # of a task file, with the file and the line
+
+
 class Grader:
     """A pool of grading processes.
 
-    A request is one JSON object on a line with a "kind", and a reply is one JSON line [result, outcome]:
+    A request is one JSON object on a line with a "kind", and a reply is one JSON line [result, outcome, error]:
 
         {"kind": "grade", "answer": …, "reference": …, "choices": …}    whether the answer equals the reference
         {"kind": "readable", "text": …}                                 whether the text can be read as an answer
+        {"kind": "load", "path": …, "text": …}                          load a task file: the first request, if there is one
+        {"kind": "functions"}                                           which functions the task file defines
+        {"kind": "is_correct" or "reward", "response": …, …}            call that function with these arguments
+        {"kind": "questions", "split": …, "path": …}                    write the questions of a split to this file
 
     Where a process gives no reply, the result is False and the outcome is timed_out (CPU time), backstop (wall-clock
     time) or crashed (twice); the next request then starts another process. Each process is used by one thread at a
@@ -91,11 +145,27 @@ class Grader:
     with the process that has it.
     """
 
-    def __init__(self, num_processes: int = 2):
+    def __init__(self, num_processes: int = 2, task: TaskFile | None = None):
+        """Raises UserError where the task file cannot be loaded, or defines no function of a task."""
         self.threads = ThreadPoolExecutor(num_processes)
         self.idle = deque(
             [None] * num_processes
         )  # processes that wait for a request; None is yet to be started
+        self.task = task
+        self.memory_bytes = int(task.memory_gb * 2**30) if task else MEMORY_BYTES
+        self.task_functions = self._load_task() if task else []
+
+    def _load_task(self) -> list[str]:
+        """The names of the functions that the task file defines."""
+        reply = self._request({"kind": "functions"})
+        if reply.error:
+            raise UserError(f"task file {reply.error}")
+        if reply.outcome != "by_task":
+            limits = f"{TASK_SECONDS:.0f} s and task_memory_gb={self.task.memory_gb:g} GiB of address space"
+            raise UserError(
+                f"task file {self.task.path}:1: the process that loads it {reply.outcome}; it has {limits}"
+            )
+        return reply.result
 
     def submit(self, response: str, reference: str, finish_reason: str = "stop", choices=None) -> Future:
         """Grades one response by ORZ's rule. Returns a Future of (correct: bool, outcome: str).
@@ -107,8 +177,43 @@ class Grader:
 
     def readable(self, text: str) -> Future:
         """Returns a Future of (readable: bool, outcome: str): as a value, as words, as a choice, or unread."""
-        request = {"kind": "readable", "text": text}
-        return self.threads.submit(self._request, request)
+        return self.threads.submit(self._readable, text)
+
+    def judge(self, response: str, question: dict, finish_reason: str, with_reward: bool) -> Future:
+        """Judges one response, by the task file where that has a function for it. Returns a Future of a Verdict.
+
+        question has the keys question, answer, choices and further ones. Without with_reward the task file's reward is
+        not asked for, and the reward is 1 where correct, else 0. Outcomes besides those of submit: by_task, task_error.
+        """
+        return self.threads.submit(self._judge, response, question, finish_reason, with_reward)
+
+    def write_questions(self, split: str, path: str) -> int:
+        """Writes the task file's questions of a split to `path`, as JSONL. Returns how many. Raises UserError."""
+        request = {"kind": "questions", "split": split, "path": path}
+        reply = self._request(request, TASK_SECONDS)
+        if reply.outcome != "by_task":
+            reason = reply.error or f"{self.task.path}: questions({split!r}) {reply.outcome}"
+            raise UserError(f"task file {reason}")
+        return reply.result
+
+    def _judge(self, response: str, question: dict, finish_reason: str, with_reward: bool) -> Verdict:
+        request = {"response": response, "question": question}
+        if finish_reason == "stop" and "is_correct" in self.task_functions:
+            correct, outcome, error = self._request({"kind": "is_correct"} | request)
+            if outcome != "by_task":
+                return Verdict(False, 0.0, outcome, error)
+        else:
+            correct, outcome = self._grade(response, question["answer"], finish_reason, question["choices"])
+        if not with_reward or "reward" not in self.task_functions:
+            return Verdict(correct, float(correct), outcome)
+        request |= {"kind": "reward", "correct": correct, "finish_reason": finish_reason}
+        reward, reward_outcome, error = self._request(request)
+        if reward_outcome != "by_task":
+            outcome = reward_outcome
+        return Verdict(correct, float(reward), outcome, error)
+
+    def _readable(self, text: str) -> tuple[bool, str]:
+        return self._request({"kind": "readable", "text": text})[:2]
 
     def _grade(self, response: str, reference: str, finish_reason: str, choices) -> tuple[bool, str]:
         if finish_reason != "stop":
@@ -117,52 +222,86 @@ class Grader:
         if not answer:
             return False, "no_answer"
         request = {"kind": "grade", "answer": answer, "reference": reference, "choices": choices}
-        return self._request(request)
+        return self._request(request)[:2]
 
-    def _request(self, request: dict) -> tuple[bool, str]:
+    def _request(self, request: dict, seconds: float | None = None) -> Reply:
         """A process that crashed may have been killed from outside: ask once more, in a new process."""
-        result, outcome = self._ask(request)
-        if outcome == "crashed":
-            result, outcome = self._ask(request)
-        return result, outcome
+        reply = self._ask(request, seconds)
+        if reply.outcome == "crashed":
+            reply = self._ask(request, seconds)
+        return reply
 
-    def _ask(self, request: dict) -> tuple[bool, str]:
+    def _ask(self, request: dict, seconds: float | None) -> Reply:
         process = self.idle.pop()
-        if process is None or process.poll() is not None:
-            command = [sys.executable, __file__]
-            process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, process_group=0)
-        ready = True
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            ready = select.select([process.stdout], [], [], WALL_SECONDS)[0]
-            return tuple(json.loads(process.stdout.readline() if ready else ""))
-        except (BrokenPipeError, json.JSONDecodeError):
+            if process is None or process.poll() is not None:
+                process = self._start()
+                if self.task:
+                    load = {"kind": "load", "path": self.task.path, "text": self.task.text}
+                    loaded = exchange(process, load, TASK_SECONDS)
+                    if loaded.error:
+                        process.kill()
+                        return loaded
+            return exchange(process, request, seconds or WALL_SECONDS)
+        except (BrokenPipeError, json.JSONDecodeError, TimeoutError) as error:
             process.kill()  # does nothing if the process has died
             if process.wait() == -signal.SIGPROF:
-                return False, "timed_out"
-            return False, "crashed" if ready else "backstop"
+                return Reply(False, "timed_out")
+            return Reply(False, "backstop" if isinstance(error, TimeoutError) else "crashed")
         finally:
             self.idle.append(process)
 
+    def _start(self) -> Popen:
+        command = [sys.executable, __file__, str(self.memory_bytes)]
+        # A task file may import torch: that shall neither take a GPU's memory nor start a thread per core.
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, process_group=0, env=environment)
+
+
+def exchange(process: Popen, request: dict, seconds: float) -> Reply:
+    """One request to a process and its reply. Raises TimeoutError, or what reading the reply of a dead process raises."""
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    if not select.select([process.stdout], [], [], seconds)[0]:
+        raise TimeoutError
+    return Reply(*json.loads(process.stdout.readline()))
+
 
 def serve():
-    """Runs one process of the pool: requests in as JSON lines, replies out."""
+    """Runs one process of the pool: requests in as JSON lines, replies out.
+
+    A task file may print and read: it gets the standard error output, which is a Worker's log, and an empty input.
+    """
     import equality
 
-    for line in sys.stdin:
-        signal.setitimer(
-            signal.ITIMER_PROF, CPU_SECONDS
-        )  # unhandled, SIGPROF ends the process, even inside C
+    requests, replies = open(os.dup(0)), open(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)
+    task = None
+    for line in requests:
         request = json.loads(line)
-        if request["kind"] == "grade":
+        kind = request["kind"]
+        if kind not in ("load", "questions"):
+            # Unhandled, SIGPROF ends the process, even inside C.
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        if kind == "grade":
             reply = equality.decide(request["answer"], request["reference"], request["choices"])
-        else:
+        elif kind == "readable":
             how = equality.how_read(request["text"])
             reply = how != "", how or "unread"
-        print(json.dumps(reply), flush=True)
+        elif kind == "load":
+            import own_task
+
+            task = own_task.OwnTask(request["path"], request["text"])
+            reply = None, "by_task", task.error
+        else:
+            reply = task.answer(request)
+        print(json.dumps(reply), file=replies, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, however that ends
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    memory_bytes = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     serve()

@@ -34,7 +34,7 @@ from rich.progress import Progress
 from configs.load import ROOT, UserError, eval_response_tokens, has_critic, has_reference
 from data.models import safetensors_header
 from log import installed, sample_line
-from reward import Grader, response_stats
+from reward import Grader, response_stats, task_file
 from tools import gpu_machine
 
 START_SECONDS = 300  # until every Worker must have answered; the slowest disks need a minute
@@ -148,6 +148,7 @@ class Request:
     temperature: float
     top_p: float
     max_tokens: int  # of a response
+    with_reward: bool  # whether the reward of a task file is asked for: in training only
 
 
 class Worker:
@@ -226,7 +227,7 @@ class Worker:
             raise RuntimeError(f"vLLM does not start: {error}") from None
         self.gpu_owner = "rollout"  # It has read the policy's weights from the same folder.
         graders = os.cpu_count() * cfg.tensor_parallel // cfg.workers
-        self.grader = Grader(max(1, min(graders, 8)))
+        self.grader = Grader(max(1, min(graders, 8)), task_file(cfg))
         return num_learned
 
     def check_node(self):
@@ -314,9 +315,9 @@ class Worker:
                 stats=response_stats(response.text),
             )
             if self.is_first_of_engine:
-                question = prompt.question
-                verdicts[response.index] = self.grader.submit(
-                    response.text, question.answer, response.finish_reason, question.choices
+                question = prompt.question.as_dict()
+                verdicts[response.index] = self.grader.judge(
+                    response.text, question, response.finish_reason, request.with_reward
                 )
         ids_hash = 0
         for place in sorted(samples):
@@ -324,8 +325,9 @@ class Worker:
         if not self.is_first_of_engine:
             return [], ids_hash
         for place, sample in samples.items():
-            sample.correct, sample.graded = verdicts[place].result()
-            sample.reward = float(sample.correct)
+            verdict = verdicts[place].result()
+            sample.correct, sample.reward = verdict.correct, verdict.reward
+            sample.graded, sample.error = verdict.outcome, verdict.error
             sample.line = sample_line(sample, prompts[place][1].question)
         return [samples[place] for place in sorted(samples)], ids_hash
 
@@ -402,6 +404,7 @@ class WorkerGroup:
         self.networks_step = 0  # the step after which the learners are as they are; None during updates
         self.seconds = {}  # of each phase since the last take_seconds()
         self.longest_seconds = {}  # the longest that each phase has taken
+        self.task_failed = False  # whether the task file has failed on a response, which is said once
 
     # -- Start
 
@@ -464,13 +467,13 @@ class WorkerGroup:
         return self.ray.get(self.handles[0].gpu_memory.remote())
 
     def start(self, step=None):
-        """Build the networks, as they were after `step`, or by default at the newest checkpoint if there is one."""
+        """Build the networks, as they were after `step`, or by default at the newest whole checkpoint."""
         self.num_parameters = self.call("setup", "setup", *self.addresses[0])[0]
-        saved = checkpoints(self.cfg)
-        self.step = max(saved, default=0) if step is None else step
+        self.step = newest_whole_checkpoint(self.cfg, self.log) if step is None else step
         if self.step:
+            folder = checkpoints(self.cfg)[self.step]
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
-                self.call("load", "load", kind, saved[self.step])
+                self.call("load", "load", kind, folder)
             self.sync()
         self.networks_step = self.step  # sync has counted one on
         self.seconds = {}
@@ -494,7 +497,8 @@ class WorkerGroup:
         for engine, hand in enumerate(deal_prompts(prompts, self.cfg.workers // self.cfg.tensor_parallel)):
             # All ranks of an engine are seeded alike: else they would sample different tokens, with no error at all.
             seed = int(rng_for(self.cfg.seed, step, phase, engine).integers(2**31))
-            requests.append(Request(hand, num_samples, seed, temperature, top_p, max_tokens))
+            with_reward = phase == "generate"
+            requests.append(Request(hand, num_samples, seed, temperature, top_p, max_tokens, with_reward))
         refs = []
         for rank, handle in enumerate(self.handles):
             refs.append(handle.generate.remote(requests[rank // self.cfg.tensor_parallel]))
@@ -504,7 +508,15 @@ class WorkerGroup:
             if hash_of_engine.setdefault(rank // self.cfg.tensor_parallel, ids_hash) != ids_hash:
                 raise RuntimeError(f"rank {rank} sampled other tokens than the others of its vLLM engine")
             samples += samples_of_rank
+        self.say_first_task_error(samples)
         return sorted(samples, key=lambda sample: sample.prompt_index)
+
+    def say_first_task_error(self, samples):
+        """Name the first failure of the task file; the metric task_error counts them all."""
+        errors = [sample.error for sample in samples if sample.error]
+        if errors and not self.task_failed:
+            self.task_failed = True
+            self.log.say(f"task_error, where a response gets reward 0: {errors[0]}", bold=True)
 
     def old_logprobs(self, batch, plan):
         """log π_old(a_t|s_t), fp32 [N]: of the policy before this step's updates."""

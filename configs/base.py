@@ -17,6 +17,8 @@ trust_remote_code = False  # run the Python code that comes with a model; else s
 prompt_template = _orz_prompt  # or "chat", the model's own [x == "chat" or x.count("{question}") == 1]
 train_data = []  # ORZ's JSON lists, or JSONL {"question", "answer"}; named twice, a file counts twice
 eval_data = []  # held-out files, no two of one name; none = no evaluation
+task = ""  # a Python file with a judge, a reward or questions of your own (docs/own_task.md); "" = ORZ's rule, 0 or 1
+task_memory_gb = 8.0  # GiB of address space for each process that runs the task file [x > 0]
 
 # ---- The run -----------------------------------------------------------------------------------------------
 out_dir = "runs"  # every run gets a folder in it [x != ""]
@@ -96,4 +98,5 @@ eval_max_response_tokens = 0  # a response is cut off here; 0 = as in training (
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
 max_restarts = 100  # after the death of a machine or process, from the newest checkpoint [x >= 0]
 samples_every = 1  # steps between the files of samples/ that are kept, hundreds of MB each at ORZ's size; -1 = none [x == -1 or x > 0]
+wandb = False  # send all metrics to Weights & Biases as well; needs the package wandb
 keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "base.py"
 MODES = ("debug", "eval_only")  # each is a file beside base.py, which is read after the config
-PATHS = ("model", "critic_model", "train_data", "eval_data")
+PATHS = ("model", "critic_model", "train_data", "eval_data", "task")
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 
@@ -207,14 +207,12 @@ def check_steps_and_data(cfg):
     """Raises UserError where the length of the run, its data and eval_only do not go together."""
     if cfg.eval_only and cfg.steps > 0:
         raise UserError(f"eval_only=True, steps={cfg.steps}: eval_only trains nothing, so leave out --steps")
-    if cfg.eval_only and not cfg.eval_data:
-        raise UserError(
-            "eval_only=True, eval_data=[]: there is nothing to measure on, so name files in eval_data"
-        )
     if not cfg.eval_only and cfg.steps == 0:
         raise UserError("steps=0 trains nothing: it must be that steps > 0, or give --eval_only=True")
-    if not cfg.eval_only and not cfg.train_data:
-        raise UserError("train_data=[]: there is nothing to train on, so name at least one file")
+    if cfg.task and not os.path.isfile(cfg.task):
+        raise UserError(f"task={cfg.task!r}: there is no such file")
+    if not cfg.task:
+        check_has_questions(cfg)
     names = ["overall"]  # The metrics have the mean over all files under this name.
     for path in cfg.eval_data:
         name = Path(path).stem
@@ -222,6 +220,16 @@ def check_steps_and_data(cfg):
             reason = "metrics go by the file's name, so no two of one name"
             raise UserError(f"eval_data: {path} would be the second set that is called {name!r}; {reason}")
         names.append(name)
+
+
+def check_has_questions(cfg):
+    """Raises UserError where there is nothing to train on, or to measure. A task file may have questions of its own."""
+    if cfg.eval_only and not cfg.eval_data:
+        raise UserError(
+            "eval_only=True, eval_data=[]: there is nothing to measure on, so name files in eval_data"
+        )
+    if not cfg.eval_only and not cfg.train_data:
+        raise UserError("train_data=[]: there is nothing to train on, so name at least one file")
 
 
 def check_sizes(cfg):

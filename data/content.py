@@ -21,11 +21,12 @@ NUM_PLACES, PLACE_BYTES = 16, 2**16
 
 
 def run_content(cfg):
-    """{"model": …, "critic_model": …, "train_data": …}: hashes of what these settings name."""
+    """{"model": …, "critic_model": …, "train_data": …, "task": …}: hashes of what these settings name."""
     model = model_content(cfg.model)
     critic = model if cfg.critic_model == cfg.model else model_content(cfg.critic_model)
     data = [file_hash(path) for path in cfg.train_data]
-    return {"model": model, "critic_model": critic, "train_data": data}
+    task = file_hash(cfg.task) if cfg.task else ""
+    return {"model": model, "critic_model": critic, "train_data": data, "task": task}
 
 
 def file_hash(path):

@@ -3,9 +3,12 @@
 [[{"from": "human", "value": Q}, {"from": "assistant", "ground_truth": {"value": A}}], …]    ORZ's training lists
 [{"prompt": [{"from": "user", "value": Q}], "final_answer": A, "choices": {…}}, …]           ORZ's evaluation lists
 {"question": Q, "answer": A}  one a line, "choices" here too                                 JSONL
+
+Further fields of an entry are kept for a task file (own_task.py). Its function `questions` may take the place of files.
 """
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +27,12 @@ class Question(NamedTuple):
     question: str
     answer: str
     choices: dict | None = None
+    extra: dict | None = None  # all further fields
+
+    def as_dict(self):
+        """The question as the functions of a task file get it: all fields in one dict."""
+        fields = {"question": self.question, "answer": self.answer, "choices": self.choices}
+        return (self.extra or {}) | fields
 
 
 class Prompt(NamedTuple):
@@ -130,13 +139,14 @@ def read_json(text, path, line):
 
 def to_question(item, place):
     """An entry of a file, in whichever format, as a Question. Raises UserError, which names `place`, if it is none."""
+    extra = {}
     match item:
         case [{"value": question}, {"ground_truth": {"value": answer}}]:
             choices = None
-        case {"prompt": [{"value": question}], "final_answer": answer}:
-            choices = item.get("choices")
-        case {"question": question, "answer": answer}:
-            choices = item.get("choices")
+        case {"prompt": [{"value": question}], "final_answer": answer, **extra}:
+            choices = extra.pop("choices", None)
+        case {"question": question, "answer": answer, **extra}:
+            choices = extra.pop("choices", None)
         case _:
             formats = "two messages, {prompt, final_answer} or {question, answer}"
             found = f", not {{{', '.join(map(str, item))}}}" if isinstance(item, dict) else ""
@@ -147,7 +157,7 @@ def to_question(item, place):
     check_text("answer", answer, place)
     if choices is not None:
         check_choices(question, choices, answer, place)
-    return Question(question, answer, choices)
+    return Question(question, answer, choices, extra or None)
 
 
 def check_text(name, text, place):
@@ -214,6 +224,26 @@ def report_overlap(cfg, data, say):
             say(f"{path}: is in train_data and in eval_data: what is measured on it has been trained on")
         elif common:
             say(f"{path}: {common} of its {len(data[path])} questions are in train_data, too")
+
+
+def task_questions(grader, split, folder):
+    """The task file's questions of a split, as a list of the JSONL file that holds them: `folder`/`split`.jsonl.
+
+    Where that file is there already, it is a run that goes on, and nothing is asked. The list is empty where there are no
+    questions. Raises UserError where the task file fails or gives what is no question.
+    """
+    path = Path(folder, f"{split}.jsonl")
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        part = f"{path}.part"
+        if grader.write_questions(split, part):
+            try:
+                load_questions(part)
+            except UserError as error:
+                place = f"task file {grader.task.path}: questions({split!r})"
+                raise UserError(str(error).replace(part, place)) from None
+        os.replace(part, path)
+    return [str(path)] if path.stat().st_size else []
 
 
 # ---- Prompts -----------------------------------------------------------------------------------------------------

@@ -215,6 +215,54 @@ def test_a_dead_worker_ends_the_run(tmp_path):
     assert not left_behind(process, tmp_path)
 
 
+GONE = """
+import contextlib, sys, launch, psutil
+from configs.load import UserError
+
+class Gone(launch.WorkerGroup):
+    places = 0
+
+    def place(self):
+        Gone.places += 1
+        if Gone.places > 1:
+            raise UserError("workers=1: Ray has 0 CPUs")
+        super().place()
+
+    def finish_step(self):
+        super().finish_step()
+        if self.step == 2:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # It may have ended meanwhile.
+                    if "ray::Worker" in " ".join(process.cmdline()):
+                        process.kill()
+
+launch.WorkerGroup = Gone
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.soak
+def test_a_restart_that_finds_too_few_machines(tmp_path):
+    """Guards a week's work: a machine leaves for good, and the run that asks for it removes its folder with the checkpoints."""
+    arguments = [
+        "configs/tiny.py",
+        f"--out_dir={tmp_path}",
+        "--name=a",
+        *QUICK,
+        "--steps=6",
+        "--save_every=1",
+    ]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", GONE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=DEADLINE
+    )
+    assert done.returncode == 2 and "restart 1 of " in done.stdout, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "error: workers=1: Ray has 0 CPUs"
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [1, 2]
+    assert (tmp_path / "a/checkpoints/step_1/policy_0.safetensors").exists()
+
+
 STALE = """
 import sys, launch, workers
 

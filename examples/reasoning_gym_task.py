@@ -1,0 +1,39 @@
+"""A task of the package reasoning-gym (0.1.25) by its name: its generator asks, and its score_answer judges.
+
+    python -m pip install reasoning-gym==0.1.25
+    python launch.py configs/qwen_0p5b_24gb.py --task=examples/reasoning_gym_task.py
+
+Correct is a score of 1. Many judges give wrong answers a little, for what they have in common with the right one.
+"""
+
+import reasoning_gym
+
+from reward import extract_answer
+
+TASK = "chain_sum"
+# Question i depends on seed + i, so the seeds must be further apart than a split has questions.
+SIZES, SEEDS = {"train": 20_000, "eval": 200}, {"train": 0, "eval": 10**9}
+
+REFUSED = {  # what their judges do with an answer, found by reading all of them
+    "calls eval on it": "binary_matrix n_queens spiral_matrix string_insertion",
+    "calls sympy's parse_expr on it, which calls eval": "countdown puzzle24 polynomial_multiplication "
+    "simple_integration intermediate_integration",
+    "accepts it whatever it is": "game_of_life_halting",
+    "may do what any of these do": "composite",
+}
+for reason, names in REFUSED.items():
+    if TASK in names.split():
+        raise ValueError(f"{TASK} is refused: with an answer of the model its judge {reason}")
+DATASETS = {
+    split: reasoning_gym.create_dataset(TASK, size=SIZES[split], seed=SEEDS[split]) for split in SIZES
+}
+
+
+def questions(split):
+    for i, entry in enumerate(DATASETS[split]):
+        yield {"question": entry["question"], "answer": str(entry["answer"]), "split": split, "index": i}
+
+
+def is_correct(response, question):
+    dataset = DATASETS[question["split"]]
+    return dataset.score_answer(extract_answer(response), dataset[question["index"]]) == 1
