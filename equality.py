@@ -86,7 +86,8 @@ FUNCTIONS = {
     "ceil": sympy.ceiling,
 }
 FLIPPED = {">": "<", "≥": "≤"}
-BRACKETS = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}
+LEFT_BRACKETS = {"<": "(", "≤": "["}
+RIGHT_BRACKETS = {"<": ")", "≤": "]"}
 
 
 def finite(value):
@@ -167,7 +168,7 @@ def solution(a, sign: str, b) -> Solution | None:
     if sign == "≠":
         numbers = sympy.Reals - sympy.FiniteSet(number)
         return Solution(symbol, numbers, relation)
-    left, right = BRACKETS[0][sign], BRACKETS[1][sign]
+    left, right = LEFT_BRACKETS[sign], RIGHT_BRACKETS[sign]
     if is_absolute:
         numbers = interval(left, -b, b, right)
     elif is_real(b):
@@ -328,7 +329,7 @@ class ValueBuilder(Transformer):
         if sign in FLIPPED and other in FLIPPED:
             a, c = c, a
             sign, other = FLIPPED[other], FLIPPED[sign]
-        left, right = BRACKETS[0].get(sign), BRACKETS[1].get(other)
+        left, right = LEFT_BRACKETS.get(sign), RIGHT_BRACKETS.get(other)
         if left and right and isinstance(b, sympy.Symbol):
             return Solution(b, interval(left, a, c, right))
         return Parts(f"chain {sign}{other}", (a, b, c))
@@ -473,12 +474,13 @@ def same_antiderivative(a, b) -> bool:
     names = {symbol.name for symbol in symbols} - {"C"}
     if not names & set("xyztuvs") or any(name[0].isupper() for name in names):
         return False
+    return is_plus_constant(a) and is_plus_constant(b) and constant_value(a - b) is not None
+
+
+def is_plus_constant(expression) -> bool:
+    """Whether an expression is a sum of C and of terms without C."""
     constant = sympy.Symbol("C")
-    rest = a - constant, b - constant
-    is_added = constant in a.free_symbols & b.free_symbols and not any(
-        constant in side.free_symbols for side in rest
-    )
-    return is_added and constant_value(a - b) is not None
+    return constant in expression.free_symbols and constant not in (expression - constant).free_symbols
 
 
 def pieces(numbers: sympy.Set) -> list[tuple]:
@@ -561,17 +563,19 @@ SIGNS = r"""\lt < \gt > \leqslant ≤ \leqq ≤ \leq ≤ \le ≤ <= ≤ \geqslan
     \ldots … \dots … ... … \mid | \vert | \lvert | \rvert | \langle ( \rangle ) \lfloor \floor( \rfloor ) \lceil \ceil(
     \rceil ) \degree ° \circ ° \mathbb{R} (-∞,∞) \dfrac \frac \tfrac \frac \cfrac \frac \dbinom \binom \tbinom \binom
     \colon : \% % \$ $"""
-SIGNS = dict(zip(SIGNS.split()[::2], SIGNS.split()[1::2], strict=True))
+SIGNS = SIGNS.split()
+SIGNS = dict(zip(SIGNS[::2], SIGNS[1::2], strict=True))
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-NUMBERS = {word: str(n) for n, word in enumerate(NUMBERS)} | {"infinity": "∞", "all real numbers": "(-∞,∞)"}
+NUMBERS = {word: str(n) for n, word in enumerate(NUMBERS)}
+NUMBERS |= {"infinity": "∞", "all real numbers": "(-∞,∞)"}
 MAGNITUDES = {"thousand": "*1000", "million": "*10^6", "degrees": "°", "percent": "%"}
 FRACTION = r"\\frac(?: ?\d|\{\d+\}){2}"
 BARE_UNIT = r"[mckd]m|kg|m[glL]|[kM]?eV|mph|\\Omega|(?<= )[msghLVNJW]|[a-zA-Z]{4,}(?: [a-zA-Z]+)*"
 
 
 def both_signs(match: re.Match) -> str:
-    texts = [match[0].translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")]
-    return ",".join(texts)
+    plus, minus = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+    return match[0].translate(plus) + "," + match[0].translate(minus)
 
 
 def repeating_decimal(match: re.Match) -> str:
@@ -624,11 +628,12 @@ REWRITES = [
         r"The answer is 5 → 5",
     ),
     (
-        rf'(?i)(?:^|(?<=[=,(\[{{∈+-])) ?" ?({"|".join(NUMBERS)})[ .]?"(?= ?[",)}}=]| ?$)',
+        rf'(?i)(?:^|(?<=[=,(\[{{∈+-])) ?"? ?({"|".join(NUMBERS)})[ .]?"?(?= ?[",)}}=]| ?$)',
         lambda match: NUMBERS[match[1].lower()],
         'n ="six" → n =6',  # 2"five" is not 25
     ),
-    (r"(?i)(?<![a-z\\])infinity(?![a-z])", "∞", "-infinity → -∞"),
+    (r'^"(-?\d[\d.,]*) ?([^"\d]*)"$', r'\1"\2"', '"3 apples" → 3"apples"'),
+    (r"(?i)(?<![a-z\\])infinity(?![a-z])", "∞", "2 < infinity → 2 < ∞"),
     (r'(?<=[\d}]) ?" ?min ?"', '"minute"', '5 "min" → 5"minute"'),  # not the function
     (
         rf'(?i)(?<=[\d}})]) ?" ?({"|".join(MAGNITUDES)})[ .]?"',
@@ -664,7 +669,7 @@ REWRITES = [
     (rf"^ ?{VARIABLE} ?[∈≈≡]", "", r"x ∈ {1, 2} →  {1, 2}"),
     (r", ?[j-n] ?∈ ?(?:\\mathbb ?\{?)?[NZ]\}? ?$", "", r"2πk, k ∈ \mathbb{Z} → 2πk"),
     (r"^ ?[A-Z] ?(?=\(.*,.*\) ?$)", "", "A(1,2) → (1,2)"),
-    (r"^ ?[a-zA-Z] ?\([a-z]\) ?=(?!.*=)(?! ?[a-zA-Z] ?$)", "", "f(x) = 2x+1 →  2x+1"),
+    (r"^ ?[a-zA-Z] ?\([a-z]\) ?=(?!.*=)(?! ?[a-eA-E] ?$)", "", "f(x) = 2x+1 →  2x+1"),
     (r", ?[a-z] ?∈ ?\(-∞,∞\)$", "", "2x, x ∈ (-∞,∞) → 2x"),
     (
         r"^\\\{ ?([a-z]) ?(?:∈ ?\(-∞,∞\) ?)?[|:](?=[^<>≤≥=]*[<>≤≥=])(?=.*\1)(.*)\\\}$",
@@ -703,7 +708,8 @@ REWRITES = [
 @functools.lru_cache(CACHE_SIZE)
 def normalise(text: str) -> str:
     """Returns one spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
-    if len(text) > MAX_CHARS or max(map(text.count, "([{")) > MAX_BRACKETS or text.count("\\boxed") > 1:
+    brackets = max(map(text.count, "([{"))
+    if len(text) > MAX_CHARS or brackets > MAX_BRACKETS or text.count("\\boxed") > 1:
         raise ValueError("too long, or two answers")
     text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text)
     text = re.sub("([¼-¾⅐-⅞])", r" \1", text)
@@ -766,7 +772,8 @@ SOUGHT = """the a of is total answer solution result value number sum difference
     time age angle slope side base weight mass cost price profit mean median mode average range variance maximum minimum
     max min lim remainder"""
 SOUGHT = set(SOUGHT.split())
-COMMANDS = set(re.findall("[a-zA-Z]{2,}", NAME + FUNCTION)) | {"frac", "deg"}
+# A greatest common divisor is a condition (gcd(m,n) = 1) as often as it is sought.
+COMMANDS = set(re.findall("[a-zA-Z]{2,}", NAME + FUNCTION)) - {"gcd", "lcm"} | {"frac", "deg"}
 
 
 def is_name(text: str) -> bool:
@@ -784,9 +791,11 @@ def is_name(text: str) -> bool:
     # One symbol, a pair without the letters i and o (no, is, or, if, of), or points (ABC).
     are_symbols = all(re.fullmatch(r"[a-zA-Z]|[a-hj-np-zA-Z]{2}|[A-Z]{2,6}", run) for run in symbols)
     are_side_by_side = len(symbols) > 1 and re.search("[a-zA-Z]{2,} +[a-zA-Z]", bare)
-    are_known = all(len(word) == 1 or word in SOUGHT for word in words) and COMMANDS.issuperset(commands)
+    are_sought = all(len(word) == 1 or word in SOUGHT for word in words)
     is_empty = not (words or commands or re.search("[a-zA-Z]", bare))
-    return are_symbols and are_known and not are_side_by_side and not is_empty
+    if are_side_by_side or is_empty:
+        return False
+    return are_symbols and are_sought and COMMANDS.issuperset(commands)
 
 
 def symbols_in(text: str) -> set[str]:
@@ -806,6 +815,8 @@ def stated(text: str) -> str:
     """What an equation states: 5 of x = y = 5, x^2 of f(x) = x^2, 1023 of 2^{10} − 1 = 1023."""
     *names, value = text.split("=")
     others = [name for name in names if not is_defined(name, value)]
+    if any(other.strip() == value.strip() for other in others):  # x = x
+        return text
     return value if all(equal(value, other) for other in others) else text
 
 
@@ -845,8 +856,10 @@ def equal(a: str, b: str) -> bool:
         a, b = all_stated(a), all_stated(b)
     if len(names) > 1 and names == sorted(set(names)):  # x=1,y=2 is (1,2): as the names, so the order
         a, b = f"({a})", f"({b})"
-    (a, unit_a, is_known_a), (b, unit_b, is_known_b) = split_unit(a), split_unit(b)
-    if unit_a != unit_b and (unit_a and unit_b or not is_known_a or not is_known_b):
+    a, unit_a, is_known_a = split_unit(a)
+    b, unit_b, is_known_b = split_unit(b)
+    may_be_left_out = is_known_a and is_known_b and "" in (unit_a, unit_b)
+    if unit_a != unit_b and not may_be_left_out:
         return False
     x, y = read(a), read(b)
     if x is None or y is None:
@@ -875,15 +888,21 @@ def same_words(a: str, b: str) -> bool:
     """Words are compared with words, never with the letters of an expression: -y and \\text{y} differ."""
     if not (LETTERS.fullmatch(a) and LETTERS.fullmatch(b)):
         return False
-    return re.sub("[^a-z]", "", a.lower()) == re.sub("[^a-z]", "", b.lower())
+    letters = [re.sub("[^a-z]", "", text.lower()) for text in (a, b)]
+    return letters[0] == letters[1]
 
 
-def same_choice(answer: str, letter: str, content: str | None) -> bool:
-    """The letter, alone or with its content, or, where that is not known, with any one."""
-    chosen = CHOICE.fullmatch(answer)
+def same_choice(answer: str, option: re.Match, choices: dict[str, str]) -> bool:
+    """The letter, alone or with its content, or, where that is not known, with any one. A known content alone."""
+    letter = option[1]
+    chosen = CHOICE.fullmatch(normalise(answer))
+    if choices and not chosen:  # the content of this letter, and of no other
+        letters = [key for key, content in choices.items() if is_equal(answer, content)]
+        return letters == [letter]
     if not chosen or chosen[1].upper() != letter:
         return False
-    return not chosen[2] or is_equal(chosen[2], content or re.sub(BESIDE, "", chosen[2]))
+    content = choices.get(letter, option[2]) or re.sub(BESIDE, "", chosen[2] or "")
+    return not chosen[2] or is_equal(chosen[2], content)
 
 
 @functools.lru_cache(CACHE_SIZE)
@@ -905,10 +924,7 @@ def decide(answer: str, reference: str, choices: dict[str, str] | None = None) -
             return True, "by_string"
         option = CHOICE.fullmatch(b)
         if option and option[1].isupper():
-            if choices and not CHOICE.fullmatch(a):  # the content of this letter, and of no other
-                return [key for key in choices if is_equal(answer, choices[key])] == [option[1]], "by_string"
-            content = choices.get(option[1], option[2]) if choices else option[2]
-            return same_choice(a, option[1], content), "by_string"
+            return same_choice(answer, option, choices or {}), "by_string"
         if WORDS.fullmatch(a) or WORDS.fullmatch(b):
             return same_words(a, b), "by_string"
         return equal(a, b), "by_value"
@@ -930,7 +946,9 @@ def how_read(text: str) -> str:
             return "choice"
         if WORDS.fullmatch(text):
             return "words" if LETTERS.fullmatch(text) else ""
-        is_value = BASE_OR_TIME.fullmatch(text) or (split_unit(text)[2] and equal(text, text))
-        return "value" if is_value else ""
+        if BASE_OR_TIME.fullmatch(text):
+            return "value"
+        _, _, is_known_unit = split_unit(text)
+        return "value" if is_known_unit and equal(text, text) else ""
     except ERRORS:
         return ""

@@ -1,6 +1,9 @@
 """How right and how fast the grader is, beside ORZ's rules and math-verify, on the labelled pairs of tests/.
 
-python bench/reward.py [--data DIR]    prints a table and writes bench/results/reward.json
+    pip install --target /tmp/mv --no-deps math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2
+    PYTHONPATH=/tmp/mv python bench/reward.py [--data DIR]    prints tables and writes bench/results/reward.json
+
+math-verify and its parser stand in a folder of their own, so that no run can import them.
 
 The pairs were written for this project, by the author of the grader, before the grader; they are its specification,
 so that its own score says "as specified", and only the other two scores compare systems on neutral ground with the
@@ -94,7 +97,19 @@ def math_verify(answer, reference):
     return verify(gold, mine)
 
 
-SYSTEMS = {"this": equality.is_equal, "math-verify": math_verify, "orz": orz}
+def decide_anew(answer, reference):
+    """As for a text that was not seen before: a grading process remembers what it has read."""
+    for function in vars(equality).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    return equality.decide(answer, reference)
+
+
+def this(answer, reference):
+    return decide_anew(answer, reference)[0]
+
+
+SYSTEMS = {"this": this, "math-verify": math_verify, "orz": orz}
 
 
 # -- measurement -------------------------------------------------------------------------------------------------
@@ -151,11 +166,15 @@ def judge(function):
     return total | {"right": round(right, 4), "timed_out": expired} | milliseconds(times) | {"kinds": kinds}
 
 
+def wrong(row):
+    return row["wrong_accepts"] + row["wrong_rejects"]
+
+
 def by_stage():
     """Times of this grader by the stage that decides."""
     times = {}
     for pair in (pair for pairs in PAIRS.values() for pair in pairs):
-        (_, stage), ms = limited(equality.decide, pair[0], pair[1])
+        (_, stage), ms = limited(decide_anew, pair[0], pair[1])
         times.setdefault(stage, []).append(ms)
     times["string or number"] = times["by_string"] + times["by_number"]
     return {stage: milliseconds(values) for stage, values in sorted(times.items())}
@@ -167,7 +186,7 @@ def parsers(references):
 
     def own(text):
         text = equality.normalise(text)
-        if equality.WORD.fullmatch(text) or equality.CHOICE.fullmatch(text):
+        if equality.WORDS.fullmatch(text) or equality.CHOICE.fullmatch(text):
             return True
         return bool(re.fullmatch(r"\d+_\{-?\d+\}|\d?\d:[0-5]\d", text)) or equality.equal(text, text)
 
@@ -211,6 +230,40 @@ def constant_answers(references):
         "reference_answer": best,
         "same_value_share": round(same / len(references), 4),
     }
+
+
+def many_different(count=60000):
+    """Resident memory of one process that decides many different answers: caches are bounded."""
+    rng = random.Random(0)
+    spellings = [
+        lambda: rf"\frac{{{rng.randint(1, 10**6)}}}{{{rng.randint(1, 10**6)}}}",
+        lambda: rf"{rng.randint(1, 10**6)}\sqrt{{{rng.randint(2, 10**5)}}}",
+        lambda: f"x^{{{rng.randint(2, 50)}}}+{rng.randint(1, 10**6)}n",
+        lambda: f"({rng.randint(1, 10**4)}, {rng.randint(1, 10**4)}]",
+        lambda: rf"\text{{w{rng.randint(1, 10**6)}}}",
+    ]
+    resident = {}
+    for n in range(1, count + 1):
+        equality.decide(rng.choice(spellings)(), rng.choice(spellings)())
+        if n in (count // 6, count // 3, count // 2, count):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident[n] = round(pages * resource.getpagesize() / 2**20, 1)
+    return {"resident_mib_after": resident}
+
+
+def alone_and_in_a_batch(count=1024):
+    """Verdicts that differ between a request alone and the same request among many: 0."""
+    rng = random.Random(0)
+    balanced = [
+        p[:2] for pairs in PAIRS.values() for p in pairs if p[0] and p[0].count("{") == p[0].count("}")
+    ]
+    pairs = rng.choices([pair for pair in balanced if not pair[0].endswith("\\")], k=count)
+    grader = reward.Grader(2)
+    futures = [
+        grader.submit(f"<answer>\\boxed{{{answer}}}</answer>", reference) for answer, reference in pairs
+    ]
+    differing = sum(future.result()[0] != equality.is_equal(*pair) for future, pair in zip(futures, pairs))
+    return {"pairs": count, "differing": differing}
 
 
 def throughput(references, count=8192, processes=2):
@@ -277,13 +330,26 @@ def main():
         "by_stage": by_stage(),
         "parsers": parsers(sorted(set(references))),
         "constant_answers": constant_answers(references),
+        "many_different": many_different(),
+        "alone_and_in_a_batch": alone_and_in_a_batch(),
         "throughput": throughput(references),
     }
     (ROOT / "bench/results").mkdir(exist_ok=True)
     (ROOT / "bench/results/reward.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, row in report["pairs"].items():
         print(f"{name:12}", {key: value for key, value in row.items() if key != "kinds"})
-    for part in ("by_stage", "parsers", "constant_answers", "throughput"):
+    print(f"\n{'right, by kind':28}" + "".join(f"{name:>14}" for name in SYSTEMS))
+    for kind, pairs in PAIRS.items():
+        shares = [1 - wrong(report["pairs"][name]["kinds"][kind]) / len(pairs) for name in SYSTEMS]
+        print(f"{kind:28}" + "".join(f"{share:14.1%}" for share in shares))
+    for part in (
+        "by_stage",
+        "parsers",
+        "constant_answers",
+        "many_different",
+        "alone_and_in_a_batch",
+        "throughput",
+    ):
         print(part, json.dumps(report[part], indent=1))
 
 

@@ -855,6 +855,8 @@ PAIRS["cheating"] = [
     (r"x, k \in \{1\}", r"x", False, "a condition that is a part of the answer"),
     (r"\{x : 5\}", r"5", False, "a set without a condition"),
     (r"f(x)=c", r"C", False, "a function is no choice"),
+    (r"y = x", r"f(x) = x", True, "a function that is one letter"),
+    (r"1", r"\gcd(m,n) = 1", False, "a condition is no name"),
     (r"36^\circ", r"\$36", False, "degrees are no dollars"),
 ]
 
