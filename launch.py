@@ -33,8 +33,16 @@ from configs.load import (
     updates_per_step,
     without_effect,
 )
+from data import prepare
 from data.content import run_content
-from data.load import load_questions, read_tasks, step_questions, task_questions
+from data.load import (
+    check_references,
+    load_questions,
+    read_tasks,
+    report_overlap,
+    step_questions,
+    task_questions,
+)
 from data.models import local_model
 from log import Log
 from reward import REFLECTION, Grader, extract_answer, task_file
@@ -299,11 +307,12 @@ def start_cluster():
 def run(cfg, argv):
     """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
     # A task file that cannot be loaded, and data that cannot be read, end the run before it has begun.
-    grader = Grader(1, task_file(cfg, cfg.task))
+    grader = Grader(2, task_file(cfg, cfg.task))
     has_own_questions = "questions" in grader.task_functions
     if has_own_questions:
         cfg.train_data = cfg.eval_data = []
-    data = {} if has_own_questions else load_data(cfg)
+    else:
+        data = load_data(cfg)
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     cfg.content = run_content(cfg)
@@ -316,7 +325,10 @@ def run(cfg, argv):
             cfg.train_data = [] if cfg.eval_only else task_questions(grader, "train", folder)
             cfg.eval_data = task_questions(grader, "eval", folder)
             data = load_data(cfg)
-        del grader  # Its process ends, with all that the task file has loaded.
+        if "is_correct" not in grader.task_functions:
+            check_references(data, grader, log.say)
+        del grader  # Its processes end, with all that the task file has loaded.
+        report_overlap(cfg, data, log.say)
         tasks = read_tasks(cfg, data, log)
         return run_with_restarts(cfg, argv, tasks, log)
     except UserError:
@@ -328,8 +340,10 @@ def run(cfg, argv):
 
 
 def load_data(cfg):
-    """The questions of all files: path → Questions."""
+    """The questions of all files, fetched where they are ORZ's and not there yet: path → Questions."""
     check_has_questions(cfg)
+    cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
+    cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
     return {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
 
 

@@ -300,7 +300,7 @@ class Worker:
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
         samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
-        verdicts = {}  # place in `prompts` → a Future of (correct, outcome)
+        verdicts = {}  # place in `prompts` → a Future of its Verdict
         sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
         for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]

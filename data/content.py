@@ -37,17 +37,14 @@ def file_hash(path):
 def model_content(folder):
     """{part of a model folder: hash}. Weights are not read whole, which would take minutes for a large model."""
     place = f"model={folder!r}"
-    config = read_dict(folder, "config.json", place)
-    settings = {name: value for name, value in config.items() if name not in PROVENANCE}
-    tokenizer = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if os.path.exists(f"{folder}/{name}"):
-            tokenizer.update(f"{name} {file_hash(f'{folder}/{name}')}".encode())
-    weights = hashlib.sha256()
-    for name in weight_files(folder, place):
-        weights.update(weights_hash(folder, name, place).encode())
-    content = {"config.json": json_hash(settings), "tokenizer": tokenizer.hexdigest()}
-    content["weights"] = weights.hexdigest()
+    settings = read_dict(folder, "config.json", place)
+    for name in PROVENANCE:
+        settings.pop(name, None)
+    content = {"config.json": json_hash(settings)}
+    present = [name for name in TOKENIZER_FILES if os.path.exists(f"{folder}/{name}")]
+    content["tokenizer"] = json_hash({name: file_hash(f"{folder}/{name}") for name in present})
+    shards = weight_files(folder, place)
+    content["weights"] = json_hash([weights_hash(folder, name, place) for name in shards])
     if os.path.exists(f"{folder}/generation_config.json"):  # What else it holds is not used.
         end_tokens = read_dict(folder, "generation_config.json", place).get("eos_token_id")
         content["end tokens"] = json_hash(end_tokens)

@@ -10,6 +10,7 @@ Further fields of an entry are kept for a task file (own_task.py). Its function 
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.load import UserError
-from data.models import read_models
+from data.models import LFS_POINTER, read_models
 
 
 class Question(NamedTuple):
@@ -44,17 +45,34 @@ class Prompt(NamedTuple):
 # ---- Reading -----------------------------------------------------------------------------------------------------
 
 
+# How a file begins that is none of these formats → what it is. data/prepare.py convert reads those of the first group.
+CONVERTIBLE = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed (gzip)", b"BZh": "compressed (bzip2)"}
+CONVERTIBLE |= {b"\xfd7zXZ": "compressed (xz)", b"ARROW1": "an Arrow file"}
+ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed (zstd)"}
+
+# Names by which the columns of other people's data go.
+QUESTION_NAMES = ("question", "problem", "prompt", "query", "instruction", "input")
+ANSWER_NAMES = (
+    "answer",
+    "final_answer",
+    "ground_truth",
+    "expected_answer",
+    "solution",
+    "target",
+    "label",
+    "output",
+)
+
+
 def load_questions(path):
     """All Questions of a file. Raises UserError naming the file, the place and what was expected there."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path!r} cannot be read as UTF-8 text: {error}") from None
+    text = read_text(path)
     questions = []
     if text.lstrip().startswith("["):
         for number, item in enumerate(read_json(text, path, line=1), 1):
             questions.append(to_question(item, f"{path}, item {number}"))
     else:
+        check_lines(text, path)
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 item = read_json(line, path, line=number)
@@ -62,6 +80,48 @@ def load_questions(path):
     if not questions:
         raise UserError(f"{path}: holds no questions")
     return questions
+
+
+def read_text(path):
+    """The text of a data file. What is no text is called by its name, with the command that converts it."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        is_hub_name = path.count("/") == 1 and path[0] not in "./" and not Path(path).suffix
+        hint = f"; if it is a Hugging Face data set: {convert_command(path)}" if is_hub_name else ""
+        raise UserError(f"data file {path!r} cannot be read: {error.strerror}{hint}") from None
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file: run `git lfs pull` there")
+    for start, kind in CONVERTIBLE.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: is {kind}, not JSON: {convert_command(path)}")
+    for start, kind in ARCHIVES.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: is {kind}, not JSON: unpack it first")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data file {path!r} cannot be read as UTF-8 text: {error}") from None
+
+
+def convert_command(path):
+    return f"python data/prepare.py convert {shlex.quote(path)}"
+
+
+def check_lines(text, path):
+    """Raises UserError if the text is one JSON value that stands on several lines, and not a value on each."""
+    first_line = text.strip().partition("\n")[0]
+    if is_json(text) and not is_json(first_line):
+        reason = "is one JSON value over several lines, not a question on each line"
+        raise UserError(f"{path}: {reason}: {convert_command(path)}")
+
+
+def is_json(text):
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_json(text, path, line):
@@ -85,12 +145,15 @@ def to_question(item, place):
         case {"question": question, "answer": answer, **extra}:
             choices = extra.pop("choices", None)
         case _:
-            formats = "two messages, {prompt, final_answer} or {question, answer}, as data/load.py shows them"
-            raise UserError(f"{place}: expected {formats}")
+            formats = "two messages, {prompt, final_answer} or {question, answer}"
+            found = f", not {{{', '.join(map(str, item))}}}" if isinstance(item, dict) else ""
+            raise UserError(
+                f"{place}: expected {formats}{found:.80}; `data/prepare.py convert` reads other forms"
+            )
     check_text("question", question, place)
     check_text("answer", answer, place)
     if choices is not None:
-        check_choices(choices, answer, place)
+        check_choices(question, choices, answer, place)
     return Question(question, answer, choices, extra or None)
 
 
@@ -100,10 +163,63 @@ def check_text(name, text, place):
         raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
 
 
-def check_choices(choices, answer, place):
+def check_choices(question, choices, answer, place):
     texts = isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values())
     if not texts or answer not in choices:
         raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
+    if not shows(question, choices):
+        reason = "the choices are not in the question, which is all that the model sees"
+        raise UserError(f"{place}: {reason}; `data/prepare.py convert` writes them into it")
+
+
+def shows(question, choices):
+    """Whether a question contains the text of every choice, however the white space lies."""
+    words = " ".join(question.split())
+    return all(" ".join(choice.split()) in words for choice in choices.values())
+
+
+# ---- Can it work? ------------------------------------------------------------------------------------------------
+
+MOST_TRIED = 1000  # references of a file
+
+
+def check_references(data, grader, say):
+    """Ask grading processes whether they can read the references: no response could equal one that they cannot read.
+
+    data: path → Questions; a fixed choice of each file's references is tried. Says how many cannot be read, and raises
+    UserError where these are more than half.
+    """
+    for path, questions in data.items():
+        answers = sorted({question.answer for question in questions})
+        rng = np.random.default_rng(0)
+        tried = [answers[i] for i in rng.permutation(len(answers))[:MOST_TRIED]]
+        replies = [grader.readable(answer) for answer in tried]
+        unread = [answer for answer, reply in zip(tried, replies) if not reply.result()[0]]
+        if not unread:
+            continue
+        report = f"{path}: {len(unread)} of {len(tried)} references cannot be read as answers, such as {unread[0]!r:.100}"
+        if 2 * len(unread) > len(tried):
+            raise UserError(f"{report}: no response could be right; {extract_command(path, unread[0])}")
+        say(f"{report}: a response is right only if it is spelled the same")
+
+
+def extract_command(path, answer):
+    """What to do about a reference such as this one, which cannot be read."""
+    for marker, name in (("####", "####"), ("\\boxed", "boxed")):
+        if marker in answer:
+            return f"{convert_command(path)} --extract={name} takes the answer out of the solution"
+    return "give the answer alone, as it would stand in a box"
+
+
+def report_overlap(cfg, data, say):
+    """Say which questions are held out and trained on as well: what is measured on them is memory."""
+    trained = {question.question for path in cfg.train_data for question in data[path]}
+    for path in cfg.eval_data:
+        common = sum(question.question in trained for question in data[path])
+        if path in cfg.train_data:
+            say(f"{path}: is in train_data and in eval_data: what is measured on it has been trained on")
+        elif common:
+            say(f"{path}: {common} of its {len(data[path])} questions are in train_data, too")
 
 
 def task_questions(grader, split, folder):
@@ -144,15 +260,34 @@ def chat_template(tokenizer, template):
 
 def encode_prompts(questions, tokenizer, max_prompt_tokens):
     """The questions as Prompts, and how many were dropped for being longer than max_prompt_tokens."""
-    chats = [[{"role": "user", "content": question.question}] for question in questions]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = [render(question, tokenizer) for question in questions]
     # Without special tokens: some tokenizers would begin a second time, some would end the prompt with an end token.
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept = []
-    for ids, question in zip(rows, questions):
+    for ids, text, question in zip(rows, texts, questions):
+        if any(token in question.question for token in tokenizer.all_special_tokens):
+            ids = encode_quoted(question.question, text, tokenizer)
         if len(ids) <= max_prompt_tokens:
             kept.append(Prompt(np.array(ids, np.int32), question))
     return kept, len(questions) - len(kept)
+
+
+def render(question, tokenizer):
+    """The text of a prompt: the question in the chat template."""
+    chat = [{"role": "user", "content": question.question}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def encode_quoted(question, text, tokenizer):
+    """Token ids of a prompt's text in whose question a special token is written: there it stays text.
+
+    The three parts are encoded apart, because a tokenizer reads special tokens in all of a text or in none of it.
+    """
+    question = question.strip()  # as some templates do
+    before, _, after = text.partition(question)
+    ids = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+    ids += tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + (tokenizer(after, add_special_tokens=False)["input_ids"] if after else [])
 
 
 def read_tasks(cfg, data, log):

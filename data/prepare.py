@@ -2,6 +2,8 @@
 
     python data/prepare.py orz        ORZ's questions and AIME 2025 into data/orz/, about 60 MB
     python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
+    python data/prepare.py convert openai/gsm8k --question=question --answer=answer --extract=####
+                                      what people have into this project's JSONL: see data/convert.py
 
 Fetching from ORZ and from the hub is *not run*: this was written on a machine without a connection, from the addresses in
 ORZ's README and from the names under which other public code fetches AIME 2025.
@@ -41,18 +43,39 @@ AIME2025 = (
     "https://huggingface.co/datasets/opencompass/AIME2025/resolve/a6ad95f611d72cf628a80b58bd0432ef6638f958"
 )
 AIME2025_FILES = ("aime2025-I.jsonl", "aime2025-II.jsonl")
+AIME2025_NAME = "aime2025.jsonl"  # the name here of both in one
 
 
 def orz():
     """ORZ's three training sets (57k, 72k, 13k hard) and three evaluation sets, byte for byte; and AIME 2025."""
-    for name, (theirs, least, most) in ORZ_FILES.items():
-        fetch([f"{ORZ}/{theirs}"], ROOT / "data" / "orz" / name, least, most)
-    fetch(
-        [f"{AIME2025}/{theirs}" for theirs in AIME2025_FILES],
-        ROOT / "data" / "orz" / "aime2025.jsonl",
-        30,
-        30,
-    )
+    for name in [*ORZ_FILES, AIME2025_NAME]:
+        fetch_named(name)
+
+
+def fetch_named(name):
+    """Fetch one of these files into data/orz/."""
+    place = ROOT / "data" / "orz" / name
+    if name == AIME2025_NAME:
+        urls = [f"{AIME2025}/{theirs}" for theirs in AIME2025_FILES]
+        fetch(urls, place, 30, 30)
+    else:
+        theirs, least, most = ORZ_FILES[name]
+        fetch([f"{ORZ}/{theirs}"], place, least, most)
+
+
+def fetched(path):
+    """The data file that a setting names: it is fetched at its first use where it is one of ORZ's in data/orz/."""
+    name = os.path.basename(path)
+    place = ROOT / "data" / "orz" / name
+    is_fetched = name in ORZ_FILES or name == AIME2025_NAME
+    if os.path.exists(path) or not is_fetched or str(ROOT / path) != str(place):
+        return path
+    try:
+        fetch_named(name)
+    except UserError as error:
+        way_out = "with a connection, `python data/prepare.py orz` fetches it"
+        raise UserError(f"{path} is not there: {error}; {way_out}") from None
+    return str(place)
 
 
 def fetch(urls, path, least, most):
@@ -113,15 +136,26 @@ def smollm2():
     make_smollm2.main()
 
 
+def convert(argv):
+    """What people have, as this project's JSONL."""
+    from data.convert import convert_file, read_arguments
+
+    convert_file(read_arguments(argv))
+
+
 COMMANDS = {"orz": orz, "smollm2": smollm2}
 
 
 def main(argv):
-    if len(argv) != 1 or argv[0] not in COMMANDS:
-        print(f"usage: python data/prepare.py {'|'.join(COMMANDS)}", file=sys.stderr)
+    is_convert = argv[:1] == ["convert"]
+    if not is_convert and (len(argv) != 1 or argv[0] not in COMMANDS):
+        print(f"usage: python data/prepare.py {'|'.join(COMMANDS)}|convert SOURCE …", file=sys.stderr)
         return 2
     try:
-        COMMANDS[argv[0]]()
+        if is_convert:
+            convert(argv[1:])
+        else:
+            COMMANDS[argv[0]]()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """Questions: every format loads whole, a bad entry is named, prompts are the template's, no question is lost."""
 
+import gzip
 import json
 import os
 import random
@@ -13,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.load import BASE, ROOT, UserError, read_file
-from data.load import Question, chat_template, encode_prompts, load_questions, read_tasks, step_questions
+from data.load import (
+    Question,
+    chat_template,
+    check_references,
+    encode_prompts,
+    load_questions,
+    read_tasks,
+    report_overlap,
+    step_questions,
+)
+from reward import Grader
 
 ORZ_DATA = Path(os.environ.get("ORZ_DATA", ROOT.parent / "shared" / "data"))
 ORZ_FILES = {  # file → questions in it
@@ -108,6 +119,22 @@ BROKEN = {
     ),
     "choices no texts": (json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]), "none of the choices (texts)"),
     "choices no letters": (json.dumps([CHOICE | {"choices": ["A", "B"]}]), "none of the choices"),
+    "choices beside the question": (
+        json.dumps(PLAIN | {"answer": "B", "choices": {"A": "Mars", "B": "Jupiter"}}),
+        "item 1: the choices are not in the question, which is all that the model sees; `data/prepare.py convert`",
+    ),
+    "other names": (
+        json.dumps({"problem": "1", "solution": "2"}),
+        "not {problem, solution}; `data/prepare.py convert`",
+    ),
+    "pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9", "is a Git LFS pointer"),
+    "pretty": (
+        json.dumps(PLAIN, indent=2),
+        "is one JSON value over several lines, not a question on each line: python",
+    ),
+    "parquet": (b"PAR1\xfe\x00PAR1", "is a Parquet file, not JSON: python data/prepare.py convert"),
+    "gzip": (gzip.compress(b"{}"), "is compressed (gzip), not JSON: python data/prepare.py convert"),
+    "zip": (b"PK\x03\x04\x00", "is a zip archive, not JSON: unpack it first"),
 }
 
 
@@ -128,6 +155,15 @@ def test_no_file(name, reason, tmp_path):
         load_questions(str(tmp_path / name))
 
 
+def test_a_hub_data_set_is_named(monkeypatch, tmp_path):
+    """openai/gsm8k as training data: "No such file", and nobody says that it can be had."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="if it is a Hugging Face data set: python data/prepare.py convert openai/gsm8k"
+    ):
+        load_questions("openai/gsm8k")
+
+
 def test_pickles_are_never_loaded(tmp_path):
     """A data set from a stranger runs code: it must not, whatever its name is."""
     import pickle
@@ -136,6 +172,78 @@ def test_pickles_are_never_loaded(tmp_path):
     path.write_bytes(pickle.dumps([DIALOGUE]))
     with pytest.raises(UserError, match="as UTF-8"):
         load_questions(str(path))
+
+
+# ---- Data that can be read but cannot work -------------------------------------------------------------------------
+
+UNREADABLE = ["Mia has 3*6=<<3*6=18>>18 pens.\n#### 18", "So $x = \\boxed{4}$ is left.", "['18']", "**18"]
+READABLE = ["18", "\\frac{1}{2}", "(-\\infty, 3)", "x = 4", "Paris", "B", "1,200", "\\text{yes}"]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    return Grader(1)
+
+
+def checked(answers, grader):
+    """What is said of a file with these references."""
+    said = []
+    questions = [Question(f"{i}?", answer) for i, answer in enumerate(answers)]
+    check_references({"set.jsonl": questions}, grader, said.append)
+    return said
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_references_that_no_answer_can_equal_are_refused(answer, grader):
+    """GSM8K's solutions as references: every reward is 0, in every step, and the run goes to its end."""
+    with pytest.raises(UserError) as error:
+        checked([answer], grader)
+    message = str(error.value)
+    assert message.startswith("set.jsonl: 1 of 1 references cannot be read as answers, such as ")
+    assert repr(answer)[:40] in message and "\n" not in message
+    assert ("--extract=####" in message) == ("####" in answer) and ("--extract=boxed" in message) == (
+        "boxed" in answer
+    )
+
+
+@pytest.mark.parametrize("answer", READABLE)
+def test_good_references_pass(answer, grader):
+    assert checked([answer], grader) == []
+
+
+def test_a_few_unreadable_references_are_counted(grader):
+    """A file is refused for one reference of a hundred; or nobody learns of the ones that can only give 0."""
+    assert checked([*READABLE, UNREADABLE[0]], grader)[0].startswith(
+        "set.jsonl: 1 of 9 references cannot be read"
+    )
+    assert checked([UNREADABLE[0]] + ["1"] * 99, grader)  # of 2 that differ, 1 is not over half
+
+
+@pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
+def test_orz_references_can_be_read(grader):
+    """The paper's own files are refused, or a start takes minutes because all of them are tried."""
+    said = []
+    data = {name: load_questions(str(ORZ_DATA / name)) for name in ORZ_FILES}
+    check_references(data, grader, said.append)
+    for line in said:
+        unread, tried = map(int, re.search(r": (\d+) of (\d+) references", line).groups())
+        assert tried <= 1000 and unread <= 0.02 * tried
+
+
+def test_what_is_held_out_and_trained_on_is_said():
+    """An accuracy that rises because the questions were trained on."""
+    said = []
+    a, b, c = (Question(text, "1") for text in "abc")
+    cfg = SimpleNamespace(train_data=["t", "both"], eval_data=["e", "both", "clean"])
+    report_overlap(
+        cfg,
+        {"t": [a, b], "both": [c], "e": [b, b, Question("d", "1")], "clean": [Question("d", "1")]},
+        said.append,
+    )
+    assert said == [
+        "e: 2 of its 3 questions are in train_data, too",
+        "both: is in train_data and in eval_data: what is measured on it has been trained on",
+    ]
 
 
 # ---- Prompts -------------------------------------------------------------------------------------------------------
@@ -182,6 +290,18 @@ def test_chat_prompt_is_the_models_own(tokenizer):
     assert chat_template(tokenizer, "chat") == tokenizer.chat_template
     (prompt,), _ = encode_prompts([Question("a{b}", "1")], tokenizer, 2048)
     assert tokenizer.decode(prompt.ids) == "<s>[user]a{b}[you]"
+
+
+@pytest.mark.parametrize("token", ["</s>", "<s>", "<unk>"])
+def test_special_tokens_in_a_question_stay_text(tokenizer, token):
+    """A question that quotes <|im_end|> ends the user's turn in the middle; or it loses the template's own tokens."""
+    tokenizer.chat_template = chat_template(tokenizer, "User: {question}\n")
+    question = Question(f"What does {token} mean?", "1")
+    (prompt, plain), _ = encode_prompts([question, Question("1+1", "2")], tokenizer, 2048)
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert [place for place, number in enumerate(prompt.ids) if number in special] == [0]
+    assert tokenizer.decode(prompt.ids) == f"<s>User: What does {token} mean?\n"
+    assert tokenizer.decode(plain.ids) == "<s>User: 1+1\n"
 
 
 TEMPLATES = [

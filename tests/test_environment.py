@@ -15,6 +15,7 @@ import pytest
 from test_launch import DEADLINE, ROOT, left_behind
 
 from configs.load import load
+from data.content import run_content
 from log import Log
 
 GOOD = '{"question": "1+1", "answer": "2"}\n'
@@ -69,7 +70,10 @@ def folder(tmp, name, *files):
 def other_run(tmp):
     """The folder of a run with another seed, as Log makes it."""
     out_dir = f"--out_dir={tmp}/runs"
-    Log(load([str(ROOT / "configs/tiny.py"), "--seed=7", out_dir])).metrics.close()
+    cfg = load([str(ROOT / "configs/tiny.py"), "--seed=7", out_dir])
+    cfg.critic_model = cfg.model
+    cfg.content = run_content(cfg)
+    Log(cfg).metrics.close()
     return ["configs/tiny.py"]
 
 

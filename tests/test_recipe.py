@@ -334,7 +334,10 @@ def test_fetch_all(server, tmp_path, monkeypatch, capsys):
 BAD = {
     "missing.json": (None, "cannot be fetched: File not found"),
     "page.json": ("<!DOCTYPE html><html></html>", ":1: broken or truncated JSON"),
-    "pointer.json": ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "JSON"),
+    "pointer.json": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "Git LFS pointer",
+    ),
     "half.json": (dialogues(10)[:300], "broken or truncated JSON"),
     "few.json": (dialogues(9), "9 questions"),
     "cut.json": (dialogues(10), "cannot be fetched: IncompleteRead"),
@@ -363,6 +366,27 @@ def test_no_connection(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "cannot be fetched" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_first_use_fetches(server, tmp_path, monkeypatch):
+    """The first thing anyone sees who runs a config of ORZ's: "cannot be read as UTF-8 text: No such file"."""
+    folder, address = server
+    (folder / "eval_data/aime2024.json").write_text(dialogues(30))
+    monkeypatch.setattr(prepare, "ORZ", address)
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    (path,) = (path for path in load([str(ROOT / "configs/orz_7b.py")]).eval_data if "aime2024" in path)
+    path = f"data/orz/{Path(path).name}"  # as the config has it, where nothing was fetched yet
+    place = prepare.fetched(path)
+    assert place == str(tmp_path / path) and len(load_questions(place)) == 30
+    shutil.rmtree(folder)
+    assert prepare.fetched(place) == place  # at its second use it is there
+    for other in ("data/orz/mine.json", "elsewhere/math500.json", f"{tmp_path}/elsewhere/math500.json"):
+        assert prepare.fetched(other) == other  # a file of the user's own
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError) as error:
+        prepare.fetched(path)
+    assert f"{path} is not there" in str(error.value) and "python data/prepare.py orz" in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("argv", [[], ["orzz"], ["orz", "57k"], ["--help"]])
@@ -461,9 +485,10 @@ def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
 
 def test_choices_survive(tmp_path):
     """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
-    write_step(tmp_path, 1, {"Which?": (64, 0)}, {"Which?!": "this", "B": "that"})
+    question = "Which? A. this B. that"
+    write_step(tmp_path, 1, {question: (64, 0)}, {f"{question}!": "this", "B": "that"})
     assert mine(tmp_path).returncode == 0
-    assert load_questions(str(tmp_path / "hard.jsonl"))[0].choices == {"Which?!": "this", "B": "that"}
+    assert load_questions(str(tmp_path / "hard.jsonl"))[0].choices == {f"{question}!": "this", "B": "that"}
 
 
 def test_mining_errors_are_one_line(tmp_path):

@@ -25,7 +25,7 @@ WRONG = r"thoughts </think> <answer>\boxed{3}</answer>"
 
 def needs(package):
     """A mark that skips a test where an optional package is missing."""
-    reason = f"{package} is not installed: pip install --no-deps -r requirements-extras.txt"
+    reason = f"{package} is not installed: make extras"
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
 
 
