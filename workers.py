@@ -147,7 +147,7 @@ class Request:
     temperature: float
     top_p: float
     max_tokens: int  # of a response
-    with_reward: bool  # whether the reward of a task file is asked for: in training only
+    with_reward: bool = False  # whether the reward of a task file is asked for: in training only
 
 
 class Worker:

@@ -51,6 +51,7 @@ METRICS = {
 
 def settings(tmp_path, **more):
     own = {"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, "steps": 20, "eval_samples": 8}
+    own |= {"task": "", "wandb": False}
     return SimpleNamespace(**own | more)
 
 
