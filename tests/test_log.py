@@ -477,7 +477,7 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
 
 READ_BY_NOBODY = """
 import pathlib, sys, types, log
-cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8)
+cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8, task="", wandb=False)
 run = log.Log(cfg)
 run.cut(0)
 sys.stdin.readline()

@@ -541,6 +541,21 @@ def test_wandb_is_asked_for_in_one_line(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "runs").exists()
 
 
+@needs("wandb")
+def test_wandb_without_a_login_is_one_line(tmp_path):
+    """wandb would ask for a key on the terminal, or raise after Ray and all Workers have started."""
+    environment = os.environ | {"HOME": str(tmp_path / "home"), "WANDB_MODE": "online"}
+    environment.pop("WANDB_API_KEY", None)
+    command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}/runs", "--wandb=True"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    way_out = "run `wandb login`, or set WANDB_MODE=offline"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"error: wandb=True: nobody is logged in; {way_out}",
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 LOGGED = """
 import json, sys
 from configs.load import load
