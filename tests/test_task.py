@@ -229,7 +229,7 @@ def reward(response, question, correct, finish_reason):
 
 
 def test_too_much_memory_is_an_error(tmp_path):
-    text = "def is_correct(response, question):\n    return len(b'x' * (3 << 30)) > 0\n"
+    text = "def is_correct(response, question):\n    return len(bytes(1 << 30)) > 0\n"
     assert judged(grader_of(tmp_path, text, memory_gb=1.0)).error.endswith("mine.py:2: MemoryError")
     assert judged(grader_of(tmp_path, text, memory_gb=8.0)) == (True, 1.0, "by_task", "")
 
@@ -319,12 +319,12 @@ def test_questions_that_cannot_be_used(tmp_path, body, message):
 
 def test_further_fields_of_a_file_reach_the_task(tmp_path):
     lines = [
-        {"question": "1?", "answer": "1", "level": 5, "choices": {"1": "one"}},
+        {"question": "one?", "answer": "1", "level": 5, "choices": {"1": "one"}},
         {"prompt": [{"from": "user", "value": "2?"}], "final_answer": "2", "answer": "not this", "id": [7]},
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = (question.as_dict() for question in load_questions(str(tmp_path / "q.jsonl")))
-    assert first == {"question": "1?", "answer": "1", "level": 5, "choices": {"1": "one"}}
+    assert first == {"question": "one?", "answer": "1", "level": 5, "choices": {"1": "one"}}
     assert second == {"question": "2?", "answer": "2", "choices": None, "id": [7]}
 
 
