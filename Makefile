@@ -1,7 +1,7 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
 # make quick   while you edit: formulas, packing, networks, settings, data, grader, in under a minute
 # make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu
-# make extras  optional packages (wandb, reasoning-gym, pyarrow, datasets), without which their tests are skipped
+# make extras  optional packages, without which some tests are skipped (requirements-extras.txt)
 # make soak    the long tests, or one part of them: make soak-runs, soak-kills, soak-nodes, soak-grader, soak-others
 # make gpu     what only a GPU can show
 # make lines   how the code reads (lines, tokens a line, longest functions), then formatting and lint, which alone can fail
@@ -20,19 +20,19 @@ NODES = tests/test_nodes.py
 GRADER = tests/test_reward.py tests/test_cheating.py
 SOAK_PARTS = soak-runs soak-kills soak-nodes soak-grader soak-others
 
-.PHONY: demo quick test extras soak $(SOAK_PARTS) gpu lines
+.PHONY: demo extras quick test soak $(SOAK_PARTS) gpu lines
 
 demo: .venv/installed
 	@n=1; while [ -e runs/demo-$$n ]; do n=$$((n + 1)); done; .venv/bin/python launch.py configs/tiny.py $(CPU_WORKERS) --name=demo-$$n
+
+extras: $(TESTS)/installed
+	@$(TESTS)/bin/pip install --quiet --no-deps --disable-pip-version-check -r requirements-extras.txt
 
 quick: $(TESTS)/installed
 	$(TESTS)/bin/python tests/quick.py
 
 test: $(TESTS)/installed
 	$(TESTS)/bin/python -m pytest -q --durations=10
-
-extras: $(TESTS)/installed
-	$(TESTS)/bin/pip install --quiet --no-deps --disable-pip-version-check -r requirements-extras.txt
 
 soak:
 	@$(MAKE) --no-print-directory --keep-going $(SOAK_PARTS)  # A part that fails does not keep the others from running.

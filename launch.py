@@ -44,7 +44,7 @@ from data.load import (
     task_questions,
 )
 from data.models import local_model
-from log import Log
+from log import Log, outlive_terminal
 from reward import REFLECTION, Grader, extract_answer, task_file
 from tools import plan
 from workers import (
@@ -429,6 +429,7 @@ def report(error, log):
 
 
 def main(argv):
+    outlive_terminal()
     try:
         cfg = load(argv)
         if cfg.dry_run:

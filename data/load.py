@@ -110,6 +110,9 @@ def convert_command(path):
 
 def check_lines(text, path):
     """Raises UserError if the text is one JSON value that stands on several lines, and not a value on each."""
+    if text.strip() and text.lstrip()[0] != "{":
+        reason = "broken or truncated JSON, or none; `data/prepare.py convert` reads CSV, too"
+        raise UserError(f"{path}:1: {reason}")
     first_line = text.strip().partition("\n")[0]
     if is_json(text) and not is_json(first_line):
         reason = "is one JSON value over several lines, not a question on each line"
@@ -199,16 +202,17 @@ def check_references(data, grader, say):
             continue
         report = f"{path}: {len(unread)} of {len(tried)} references cannot be read as answers, such as {unread[0]!r:.100}"
         if 2 * len(unread) > len(tried):
-            raise UserError(f"{report}: no response could be right; {extract_command(path, unread[0])}")
+            raise UserError(f"{report}: no response could be right; {way_out(path, unread)}")
         say(f"{report}: a response is right only if it is spelled the same")
 
 
-def extract_command(path, answer):
-    """What to do about a reference such as this one, which cannot be read."""
+def way_out(path, unread):
+    """What to do about these references, of which no answer can equal any."""
     for marker, name in (("####", "####"), ("\\boxed", "boxed")):
-        if marker in answer:
-            return f"{convert_command(path)} --extract={name} takes the answer out of the solution"
-    return "give the answer alone, as it would stand in a box"
+        marked = [answer for answer in unread if marker in answer]
+        if 2 * len(marked) >= len(unread):
+            return f"{convert_command(path)} --extract={name} takes the answers out of the solutions"
+    return "give the answers alone, as they would stand in a box"
 
 
 def report_overlap(cfg, data, say):

@@ -12,6 +12,7 @@ Python; the others import transformers, and the last builds a network whose para
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,11 @@ def local_model(name, setting):
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
-    check_files(name, f"{setting}={name!r}")
+    place = f"{setting}={name!r}"
+    try:
+        check_files(name, place)
+    except OSError as error:  # a link to nothing in the hub's cache, or a file of somebody else's
+        raise UserError(f"{place}: {error.filename} cannot be read: {error.strerror}") from None
     return name
 
 
@@ -207,8 +212,9 @@ def read_config(path, place, trust):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:  # whatever its file, or its own code, makes of it
-        hint = "" if trust else "; a model that comes with Python code needs --trust_remote_code=True"
-        reason = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        hint = "; to run its Python code give --trust_remote_code=True" if "trust_remote_code" in text else ""
+        reason = text[:300]
         raise UserError(f"{place}: transformers cannot read its config.json: {reason}{hint}") from None
     return config
 
@@ -327,6 +333,14 @@ def check_length(cfg, config, place):
         raise UserError(f"{place}: {reason}; give shorter ones")
 
 
+def check_heads(cfg, config, place):
+    """Raises UserError where vLLM cannot share the attention heads among the ranks of an engine."""
+    heads = config.get_text_config().num_attention_heads
+    if heads % cfg.tensor_parallel:
+        reason = f"its {heads} attention heads cannot be shared by tensor_parallel={cfg.tensor_parallel}"
+        raise UserError(f"{place}: {reason}; give a divisor of {heads}")
+
+
 def rope_factor(config):
     """By how much the scaling of rotary embeddings extends max_position_embeddings, as vLLM reckons: where the type is
     none of those for which max_position_embeddings is the extended length."""
@@ -381,7 +395,7 @@ def check_weights(kind, path, place, trust):
     parameters = dict(hf.named_parameters(remove_duplicate=False))
     sinks = [name for name in parameters if "sink" in name]
     if sinks:
-        raise UserError(f"{place}: it has attention sinks ({sinks[0]}), which cannot be trained here")
+        raise UserError(f"{place}: it cannot be trained here: it has attention sinks ({sinks[0]})")
     tensors = read_tensors(path, place)
     name_in_model = parameter_names(hf, tensors)
     for name, tensor in tensors.items():
@@ -395,8 +409,15 @@ def check_weights(kind, path, place, trust):
     if missing:
         count = f"{len(missing)} of {len(parameters)} parameters"
         raise UserError(f"{place}: it has no tensors for {count}, such as {missing[0]}: they would be random")
+    # Older checkpoints hold buffers that are computed now; each architecture lists its own.
     known = hf.state_dict()
-    return {name: tensor for name, tensor in tensors.items() if name_in_model[name] not in known}
+    ignored = [r"inv_freq$", *(hf._keys_to_ignore_on_load_unexpected or ())]
+    unused = {}
+    for name, tensor in tensors.items():
+        is_old_buffer = any(re.search(pattern, name) for pattern in ignored)
+        if name_in_model[name] not in known and not is_old_buffer:
+            unused[name] = tensor
+    return unused
 
 
 def check_tensor(name, tensor, parameter, place):
@@ -419,13 +440,15 @@ def value_head(path, config, unused, place):
     if head and math.prod(head.shape) != text.hidden_size:
         reason = f"{VALUE_HEAD} is {head.shape} in {head.file}, but hidden_size is {text.hidden_size}"
         raise UserError(f"{place}: {reason}; take the head of this backbone")
-    if head:
-        is_plain = head.shape == [1, text.hidden_size]
-        return None if is_plain else f"{place}: {VALUE_HEAD} {head.shape} is read as [1, {text.hidden_size}]"
     # A row for each token of the vocabulary is a policy's output head, which a critic has no use for.
     others = [name for name, tensor in unused.items() if tensor.shape[:1] != [text.vocab_size]]
+    others = [name for name in others if name != VALUE_HEAD]
     not_used = f"; not used: {few(others)}" if others else ""
-    return f"{place}: it has no {VALUE_HEAD}, so the critic's head starts fresh{not_used}"
+    if not head:
+        return f"{place}: it has no {VALUE_HEAD}, so the critic's head starts fresh{not_used}"
+    if others or head.shape != [1, text.hidden_size]:
+        return f"{place}: {VALUE_HEAD} {head.shape} is read as [1, {text.hidden_size}]{not_used}"
+    return None
 
 
 def few(names):
@@ -447,9 +470,12 @@ def read_models(cfg, log):
     tokenizer = read_tokenizer(cfg, place)
     check_vocabulary(tokenizer, config, place)
     check_length(cfg, config, place)
+    check_heads(cfg, config, place)
     if cfg.eval_only:  # vLLM alone reads the model.
         return tokenizer, config
-    judge_network("policy", cfg.model, config, place, cfg, log)
+    unused = judge_network("policy", cfg.model, config, place, cfg, log)
+    if unused:
+        log.say(f"{place}: the policy has no place for tensors that are in the folder: {few(list(unused))}")
     if cfg.advantage == "gae":
         judge_critic(cfg, tokenizer, log)
     return tokenizer, config

@@ -32,10 +32,13 @@ def real_references():
     return sorted({answer.strip() for answer in answers})
 
 
+CACHED = "normalise without_punctuation read digits_needed value_at split_unit stated all_stated".split()
+
+
 @pytest.fixture
 def read_once(monkeypatch):
     """Every text is normalised and parsed once, however many pairs it is in."""
-    for name in ("normalise", "parse", "value_at", "stated", "split_unit"):
+    for name in CACHED:
         monkeypatch.setattr(grader, name, functools.cache(getattr(grader, name).__wrapped__))
 
 

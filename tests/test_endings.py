@@ -292,3 +292,17 @@ def test_samples_that_are_removed(tmp_path):
     code, out, err = finish(process)
     assert code == 0, out + err
     assert (tmp_path / "a/samples/step_6.jsonl").exists()
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    """The damage is seen, and the damaged file is loaded all the same."""
+    arguments = ["--name=a", *SETTINGS, "--save_every=1"]
+    code, out, err = run(tmp_path, *arguments, "--steps=3")
+    assert code == 0, out + err
+    file = tmp_path / "a/checkpoints/step_3/critic_0.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    code, out, err = run(tmp_path, *arguments, "--steps=4")
+    assert code == 0, out + err
+    assert "the checkpoint of step 3 is damaged" in out and "from step 3 of 4" in out
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [1, 2, 3, 4]

@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 
 import launch
+import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -37,12 +38,18 @@ RUN = [  # of the fixture `undisturbed`: six steps of the demo on two Workers, w
 DEADLINE = 300  # seconds, ten times what a quick run takes here
 
 
-def start(tmp_path, *arguments, config="configs/tiny.py"):
+def start(tmp_path, *arguments, config="configs/tiny.py", cwd=ROOT):
     """A run on a Ray of its own, in the background."""
-    command = [sys.executable, str(ROOT / "launch.py"), config, f"--out_dir={tmp_path}", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        str(ROOT / config),
+        f"--out_dir={tmp_path}",
+        *arguments,
+    ]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment)
 
 
 def finish(process, deadline=DEADLINE):
@@ -56,8 +63,8 @@ def finish(process, deadline=DEADLINE):
     return process.returncode, out, err
 
 
-def run(tmp_path, *arguments, config="configs/tiny.py"):
-    return finish(start(tmp_path, *arguments, config=config))
+def run(tmp_path, *arguments, **options):
+    return finish(start(tmp_path, *arguments, **options))
 
 
 def metrics(folder):
@@ -167,13 +174,33 @@ def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
 
 
 def test_any_config_in_debug_mode(tmp_path):
-    """Guards the ablations: a config of 32 GPUs runs here in a minute, on the demo's model; this one has no critic."""
-    code, out, err = run(tmp_path, "--debug=True", "--name=a", config="configs/orz_7b_grpo.py")
+    """Guards the ablations: a config of 32 GPUs runs here in a minute, on the demo's model; this one has no critic.
+
+    It is started in a folder of somebody's experiments, whose modules the Workers must leave alone.
+    """
+    here = tmp_path / "a [folder] of mine"
+    for module in ("reward", "workers", "model", "log", "data/load", "configs/load", "numpy/__init__"):
+        file = here / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"raise SystemExit('{module} of the current folder')")
+    code, out, err = run(tmp_path, "--debug=True", "--name=a", config="configs/orz_7b_grpo.py", cwd=here)
     assert code == 0, out + err
     rows = metrics(tmp_path / "a")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[3]["grad_norm_policy"] > 0
     assert (tmp_path / "a/policy/model.safetensors").exists() and not (tmp_path / "a/critic").exists()
     assert "values" not in rows[3]["seconds"] and "v_loss" not in rows[3]
+
+
+def test_workers_compare_every_module_of_the_project():
+    """A new module is imported by the Workers, and another of its name on some node goes unnoticed."""
+    script = "import sys, workers, ppo, rollout, packing, data.load; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    own = set()
+    for folder in (".", "configs", "data", "tools"):
+        for file in (ROOT / folder).glob("*.py"):
+            own.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    grading = {"equality"}  # of processes that the Workers start
+    assert own & set(done.stdout.split()) | grading == set(workers.MODULES)
 
 
 @pytest.mark.soak
@@ -186,6 +213,54 @@ def test_a_dead_worker_ends_the_run(tmp_path):
     assert code == 75, out + err  # for batch systems: try again
     assert out.splitlines()[-1].startswith("error: ActorDiedError")
     assert not left_behind(process, tmp_path)
+
+
+GONE = """
+import contextlib, sys, launch, psutil
+from configs.load import UserError
+
+class Gone(launch.WorkerGroup):
+    places = 0
+
+    def place(self):
+        Gone.places += 1
+        if Gone.places > 1:
+            raise UserError("workers=1: Ray has 0 CPUs")
+        super().place()
+
+    def finish_step(self):
+        super().finish_step()
+        if self.step == 2:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # It may have ended meanwhile.
+                    if "ray::Worker" in " ".join(process.cmdline()):
+                        process.kill()
+
+launch.WorkerGroup = Gone
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.soak
+def test_a_restart_that_finds_too_few_machines(tmp_path):
+    """Guards a week's work: a machine leaves for good, and the run that asks for it removes its folder with the checkpoints."""
+    arguments = [
+        "configs/tiny.py",
+        f"--out_dir={tmp_path}",
+        "--name=a",
+        *QUICK,
+        "--steps=6",
+        "--save_every=1",
+    ]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", GONE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=DEADLINE
+    )
+    assert done.returncode == 2 and "restart 1 of " in done.stdout, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == "error: workers=1: Ray has 0 CPUs"
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [1, 2]
+    assert (tmp_path / "a/checkpoints/step_1/policy_0.safetensors").exists()
 
 
 STALE = """

@@ -171,17 +171,21 @@ BROKEN = {
         lambda f: (f / "tokenizer.json").write_text("{}"),
         "transformers cannot read its tokenizer",
     ),
+    "heads that tensor parallel does not divide": (
+        lambda f: edit_config(f, num_attention_heads=1, num_key_value_heads=1),
+        "its 1 attention heads cannot be shared by tensor_parallel=2",
+    ),
     "linear attention": (
         lambda f: edit_config(f, layer_types=["full_attention"] * 3 + ["linear_attention"]),
         "its layer_types hold linear_attention",
     ),
 }
-POLICY_ONLY = {"a critic as policy", "broken tokenizer"}
+POLICY_ONLY = {"a critic as policy", "broken tokenizer", "heads that tensor parallel does not divide"}
 
 
 def refusal(**folders):
     with pytest.raises(UserError) as error:
-        judge(**folders)
+        judge(tensor_parallel=2, **folders)
     message = str(error.value)
     assert "\n" not in message and len(message) < 700
     return message
@@ -297,11 +301,89 @@ def test_attention_sinks_are_refused(tmp_path):
     """The attention over packs leaves them out; no setting tells of them, only the names of parameters do."""
     path = tmp_path / "model"
     tiny_models.make_model(path, transformers.GraniteSWAConfig, pad_token_id=None)
-    assert "it has attention sinks (model.layers.0.self_attn.sinks)" in refusal(policy=path)
+    assert "it cannot be trained here: it has attention sinks (model.layers.0.self_attn.sinks)" in refusal(
+        policy=path
+    )
     with pytest.raises(ValueError, match="s_aux"):
         network = model.load_network("policy", str(path), torch.float32)
         _, batch = test_model.random_batch()
         network(packing.make_pack(batch, range(4), torch.device("cpu")))
+
+
+# Architectures that are accepted, of transformers' configuration classes.
+ACCEPTED = """Apertus Arcee DiffLlama Ernie4_5 Exaone4 Gemma Gemma3Text Glm Glm4 GPT2 GPTBigCode GPTNeoX Granite Helium
+    HunYuanDenseV1 HyperCLOVAX Jais2 Llama Ministral Mistral Olmo Olmo2 Olmo3 OPT Persimmon Phi Phi3 Qwen2 Qwen3 SeedOss
+    SmolLM3 Starcoder2""".split()
+# Folders that are refused, with what a small model of them needs.
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK |= {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16}
+DEEPSEEK |= {"qk_nope_head_dim": 16, "v_head_dim": 32, "pad_token_id": None}
+REFUSED = {
+    "Qwen3_5TextConfig": LINEAR
+    | {"layer_types": ["linear_attention", "full_attention"], "pad_token_id": None},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"], "pad_token_id": None},
+    "GptOssConfig": MOE | {"head_dim": 32, "sliding_window": 128},
+    "Llama4TextConfig": MOE | {"head_dim": 32, "attention_chunk_size": 8, "no_rope_layers": [1, 0]},
+    "DeepseekV3Config": DEEPSEEK,
+    "GraniteSWAConfig": {"pad_token_id": None},
+}
+
+
+def small_model(path, kind):
+    """A small random model of an architecture, with whichever of these settings its configuration takes."""
+    attempts = [{}, {"pad_token_id": None}, {"pad_token_id": 0, "head_dim": 32}]
+    if kind is transformers.HeliumConfig:
+        attempts = [{"head_dim": 32}]
+    for settings in attempts:
+        try:
+            return tiny_models.make_model(path, kind, hidden=128, padding=1, **settings)
+        except Exception as error:
+            last_error = error
+    raise last_error
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted_architectures_are_right(name, tmp_path):
+    """An architecture whose packs are another network is accepted: the log-probs of each response in a pack against
+    transformers' own forward of its sample alone."""
+    kind = getattr(transformers, f"{name}Config")
+    path = small_model(tmp_path / "model", kind)
+    judge(policy=path)
+    samples, batch = test_model.random_batch()
+    samples = [sample for sample in samples if len(sample.response_ids)]
+    batch = packing.Batch(samples)
+    pack = packing.make_pack(batch, range(len(samples)), torch.device("cpu"))
+    plain = tiny_models.plain_policy(path).eval()
+    with torch.no_grad():
+        found = torch.zeros(len(batch.logprobs))
+        found[pack["token_index"]] = model.load_network("policy", path, torch.float32)(pack)[0]
+        rows = [tiny_models.plain_logprobs(plain, s.prompt_ids, s.response_ids)[0] for s in samples]
+    assert (found - torch.cat(rows)).abs().mean() < 1e-5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", REFUSED)
+def test_folders_of_other_architectures_are_refused(name, tmp_path):
+    """What the configuration of a folder on disk says is lost on the way: it holds only what differs from defaults."""
+    path = tmp_path / "model"
+    tiny_models.make_model(path, getattr(transformers, name), hidden=128, padding=1, **REFUSED[name])
+    assert "cannot be trained here" in refusal(policy=path)
+    policy = tiny_models.make_model(tmp_path / "policy", transformers.LlamaConfig)
+    message = refusal(policy=policy, critic=path)
+    assert "critic_model=" in message and "cannot be trained here" in message
 
 
 # ---- A critic's head -----------------------------------------------------------------------------------------------
@@ -326,6 +408,31 @@ def test_a_head_by_another_name_is_said_to_be_left_out(name, tmp_path):
     make_critic(folder, name=name)
     (said,) = judge(critic=folder)
     assert f"it has no {VALUE_HEAD}, so the critic's head starts fresh; not used: {name}" in said
+
+
+def test_a_bias_of_the_head_is_said_to_be_left_out(tmp_path):
+    """The values of a critic that was trained with a bias are shifted, without a word."""
+    folder = demo_folder(tmp_path / "critic")
+    make_critic(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({"value_head.bias": torch.ones(1)}))
+    (said,) = judge(critic=folder)
+    assert said.endswith("; not used: value_head.bias")
+
+
+def test_tensors_without_a_place_are_said(tmp_path):
+    """config.json names fewer layers than the folder holds: the policy is another, smaller model, without a word."""
+    folder = demo_folder(tmp_path / "model")
+    edit_config(folder, num_hidden_layers=3)
+    (said,) = judge(policy=folder)
+    assert "no place for tensors that are in the folder: model.layers.3." in said and said.endswith(" more")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    """A link to nothing in the hub's cache, whose download broke off: a traceback."""
+    folder = demo_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert "model.safetensors cannot be read: No such file" in refusal(policy=folder)
 
 
 def test_a_base_model_as_critic_has_no_head_to_leave_out(tmp_path):
@@ -377,6 +484,15 @@ def test_an_export_keeps_the_token_ids_and_nothing_else(content, tmp_path):
     found = json.loads((tmp_path / "policy/generation_config.json").read_text())
     assert found.pop("eos_token_id") == content["eos_token_id"]
     assert set(found) <= {"_from_model_config", "bos_token_id", "pad_token_id", "transformers_version"}
+
+
+def test_token_ids_of_config_json(tmp_path):
+    """An end token that config.json alone names is lost in the export, whose generation_config.json comes first."""
+    folder = demo_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"pad_token_id": 1}')
+    export(folder, tmp_path / "policy")
+    found = json.loads((tmp_path / "policy/generation_config.json").read_text())
+    assert (found["eos_token_id"], found["pad_token_id"]) == (0, 1)
 
 
 READ_BY_VLLM = """

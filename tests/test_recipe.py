@@ -234,8 +234,9 @@ def test_a_whole_run_with_a_variant(arguments, tmp_path):
 def test_no_response_is_left_to_train_on(tmp_path):
     """All groups agree in a step: an empty plan ends the run, or stands in for an update and is counted."""
     sizes = ["--steps=6", "--prompts_per_step=2", "--samples_per_prompt=2", "--eval_every=-1"]
-    code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True")
+    code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True", "--clip_eps_high=0.28")
     assert code == 0, out + err
+    assert "clip_eps_high=0.28 has no effect: with one policy update" in out
     rows = metrics(tmp_path / "a")
     without = [row for row in rows if row["policy_samples"] == 0]
     assert without and len(without) < len(rows)

@@ -97,6 +97,36 @@ def test_a_finished_run(tmp_path, undisturbed):
     check_same(tmp_path / "a", undisturbed)
 
 
+STOP_AT_ONCE = """
+import os, signal, sys, launch
+
+class Stopped(launch.WorkerGroup):
+    def wait(self, phase, refs, interruptible=False):
+        if phase == "generate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().wait(phase, refs, interruptible)
+
+launch.WorkerGroup = Stopped
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.soak
+def test_a_stop_before_the_first_update_of_a_resumed_run(tmp_path, undisturbed):
+    """The loaded networks count as those of the next step, since they were synced: a stop waits for updates, or saves
+    them under a number that they have not reached."""
+    shutil.copytree(undisturbed, tmp_path / "a")
+    arguments = ["configs/tiny.py", f"--out_dir={tmp_path}", "--name=a", *RUN, f"--steps={STEPS + 2}"]
+    environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOP_AT_ONCE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=DEADLINE
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert f"\nstopped by SIGTERM after step {STEPS} of {STEPS + 2}: " in done.stdout
+    assert max(int(path.name[5:]) for path in (tmp_path / "a/checkpoints").iterdir()) == STEPS
+
+
 CPU = {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 CHAT = """
 import sys, vllm

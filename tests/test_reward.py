@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lark import LarkError
 from reward_pairs import CHOICE_PAIRS, PAIRS
 
 import equality
@@ -72,42 +71,13 @@ def wait_until(condition, seconds):
 
 
 # Right answers that are rejected, by kind; no wrong answer is accepted.
-REJECTED = {
-    "algebra": [(r"\ln|2x|+C", r"\ln|x|+C")],
-    "radicals and constants": [(r"\gcd(12, 18)", "6")],
-    "objects": [
-        (r"t > -1 \text{ and } t \le 6", r"(-1, 6]"),
-        (r"x \ge 0 \text{ and } x \le 3", r"[0,3]"),
-        (r"x > 1, x < 4", r"(1,4)"),
-        (r"[0,4]\cup[4,9)", r"[0,9)"),
-        (r"(0,5)\cup(3,9)", r"(0,9)"),
-        (r"(0,5)\cap(3,9)", r"(3,5)"),
-        (r"[0,5]\cap[5,9]", r"\{5\}"),
-        (r"(1,2)\cap(3,4)", r"\emptyset"),
-        (r"\{1,2\}\cup\{3\}", r"\{1,2,3\}"),
-        (r"\{1,2\}\cup\{2,3\}", r"\{1,2,3\}"),
-        (r"3\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}3\\-6\end{pmatrix}"),
-        (r"\frac{1}{3}\begin{pmatrix}3&0\\0&6\end{pmatrix}", r"\begin{pmatrix}1&0\\0&2\end{pmatrix}"),
-        (r"\gcd(84, 36)", r"12"),
-        (r"\text{lcm}(4, 6)", r"12"),
-        (r"\ln (2x) + C", r"\ln x + C"),
-        (r"x^2+3+C", r"x^2+C"),
-        (r"5000 \cdot 4999!", r"5000!"),
-        (r"2 \cdot 2^{65535}", r"2^{65536}"),
-    ],
-    "found later": [
-        (r"x>2 \text{ and } x<5", r"(2,5)"),
-        (r"x \geq 3 \text{ and } x \neq 5", r"[3,5) \cup (5,\infty)"),
-        (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-        (r"\text{Yes, it is}", r"\text{Yes}"),
-    ],
-}
+REJECTED = {"found later": [(r"\text{Yes, it is}", r"\text{Yes}")]}
 
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_labelled_pairs(kind):
     """A wrong "right" teaches a trick, a wrong "wrong" teaches to avoid the right answer."""
-    wrong = [pair for pair in PAIRS[kind] if equality.is_equal(pair[0], pair[1]) != pair[2]]
+    wrong = [pair for pair in PAIRS[kind] if equality.is_equal(pair[0], pair[1]) is not pair[2]]
     assert [pair for pair in wrong if not pair[2]] == []
     assert {pair[:2] for pair in wrong} == set(REJECTED.get(kind, []))
 
@@ -115,7 +85,7 @@ def test_labelled_pairs(kind):
 def test_share_of_labels():
     """The share right, over all pairs."""
     labels = [equality.is_equal(*pair[:-2]) == pair[-2] for pair in ALL_PAIRS + CHOICE_PAIRS]
-    assert len(labels) == 878 and sum(labels) / len(labels) >= 0.97
+    assert len(labels) == 877 and sum(labels) / len(labels) >= 0.995
 
 
 NEAR = [  # what the rules for sets in words, absolute values, sentences and units must not let through, and what they must
@@ -150,6 +120,13 @@ NEAR = [  # what the rules for sets in words, absolute values, sentences and uni
 def test_near_the_rules_found_last(answer, reference, label):
     """A rule made for one pair lets its neighbours through."""
     assert equality.is_equal(answer, reference) == label
+
+
+@pytest.mark.parametrize("pattern, replacement, example", equality.REWRITES)
+def test_every_rewrite_does_what_its_example_says(pattern, replacement, example):
+    """A rule without an example is a riddle, and one that no longer does it is dead."""
+    before, after = example.split(" → ")
+    assert re.sub(pattern, replacement, before) == after != before
 
 
 def test_longer_signs_come_first():
@@ -325,11 +302,8 @@ def expressions(draw, depth=3):
 @given(expressions())
 def test_rewritten_expressions_are_equal(pair):
     """Commuting, expanding and respelling does not change the verdict."""
-    try:
-        defined = list(equality.values_at_points(*map(equality.normalise, pair)))
-    except ValueError:
-        return
-    if not defined:
+    values = [equality.read(equality.normalise(text)) for text in pair]
+    if None in values or not list(equality.values_at_points(*values)):
         return  # 1/(x − x)
     assert equality.is_equal(*pair)
 
@@ -387,7 +361,7 @@ def test_any_text_has_a_verdict(text, reference):
 # Not computed, so equal to the same characters only: too large to write out, a reference that adds a rounding, words without spaces, a stray quote;
 # both sides of an equation that is always true, or of anything but numbers; gcd.
 NOT_COMPUTED = {"3^{6567340}", r"\frac{13}{12}\approx1.08", "Anyintegervaluefrom0to45", "”"}
-NOT_COMPUTED |= {" 25 + 2 = 27 ", " 2^{10} - 1 = 1023 ", "k = n", "x = y = z = 1", "x = y = z = 3"}
+NOT_COMPUTED |= {" 25 + 2 = 27 ", " 2^{10} - 1 = 1023 ", "x = y = z = 1", "x = y = z = 3"}
 NOT_COMPUTED |= {
     r" M = [2, \infty) ",
     " f(p, q) = pq ",
@@ -395,9 +369,6 @@ NOT_COMPUTED |= {
     r" \gcd(m,n) = 1 ",
     r" n - \gcd(n, k) ",
 }
-LITERAL = re.compile(
-    r"\d+_\{-?\d+\}|\d?\d:[0-5]\d"
-)  # digits in a base and times are read as they are written
 
 
 @pytest.fixture(scope="module")
@@ -412,11 +383,11 @@ def references():
 def equal_without_strings(reference):
     """Whether a reference equals itself by its value; choices, words, bases and times are read as they are."""
     text = equality.normalise(reference)
-    if any(pattern.fullmatch(text) for pattern in (equality.WORD, equality.CHOICE, LITERAL)):
+    if any(pattern.fullmatch(text) for pattern in (equality.WORDS, equality.CHOICE, equality.BASE_OR_TIME)):
         return True
     try:
         return equality.equal(text, text)
-    except (ValueError, TypeError, LookupError, StopIteration, LarkError):
+    except equality.ERRORS:
         return False
 
 
@@ -615,13 +586,14 @@ def test_hostile_answers_are_refused_cheaply(answer):
 
 # -- the pool ----------------------------------------------------------------------------------------------------
 
-SLOW = "+".join(["√2!"] * 240)  # each within the limits, all together many times the limit of CPU time
+SLOW = "+".join(f"√{{{n}!}}" for n in range(19910, 20000))  # each within the limits, all together minutes
 RIGHT = (True, "by_value")
 
 
 def test_pool_agrees_with_direct_calls():
     """Verdicts must not depend on the batch: a clock started at submission lost 432 of 1,021 right answers."""
-    pairs = [pair for pair in ALL_PAIRS if pair[0].count("{") == pair[0].count("}") and pair[0]]
+    pairs = [pair for pair in ALL_PAIRS if pair[0] and reward.extract_answer(respond(pair[0])) == pair[0]]
+    assert len(pairs) > 0.98 * len(ALL_PAIRS)
     grader = reward.Grader(2)
     futures = [grader.submit(respond(pair[0]), pair[1]) for pair in pairs]
     futures += [grader.submit(respond(p[0]), p[1], "stop", p[2]) for p in CHOICE_PAIRS]
