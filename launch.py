@@ -311,9 +311,8 @@ def run(cfg, argv):
     has_own_questions = "questions" in grader.task_functions
     if has_own_questions:
         cfg.train_data = cfg.eval_data = []
-    cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
-    cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
-    data = {} if has_own_questions else load_data(cfg)
+    else:
+        data = load_data(cfg)
     cfg.model = local_model(cfg.model, "model")
     cfg.critic_model = local_model(cfg.critic_model, "critic_model") if cfg.critic_model else cfg.model
     cfg.content = run_content(cfg)
@@ -328,8 +327,8 @@ def run(cfg, argv):
             data = load_data(cfg)
         if "is_correct" not in grader.task_functions:
             check_references(data, grader, log.say)
+        del grader  # Its processes end, with all that the task file has loaded.
         report_overlap(cfg, data, log.say)
-        del grader  # Its process ends, with all that the task file has loaded.
         tasks = read_tasks(cfg, data, log)
         return run_with_restarts(cfg, argv, tasks, log)
     except UserError:
@@ -341,8 +340,10 @@ def run(cfg, argv):
 
 
 def load_data(cfg):
-    """The questions of all files: path → Questions."""
+    """The questions of all files, fetched where they are ORZ's and not there yet: path → Questions."""
     check_has_questions(cfg)
+    cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
+    cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
     return {path: load_questions(path) for path in [*cfg.train_data, *cfg.eval_data]}
 
 

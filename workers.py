@@ -148,7 +148,7 @@ class Request:
     temperature: float
     top_p: float
     max_tokens: int  # of a response
-    with_reward: bool  # whether the reward of a task file is asked for: in training only
+    with_reward: bool = False  # whether the reward of a task file is asked for: in training only
 
 
 class Worker:
@@ -301,7 +301,7 @@ class Worker:
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
         samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
-        verdicts = {}  # place in `prompts` → a Future of (correct, outcome)
+        verdicts = {}  # place in `prompts` → a Future of its Verdict
         sampling = (request.seed, request.temperature, request.top_p, request.max_tokens)
         for response in self.rollout.generate(prompt_ids, *sampling):
             prompt_index, prompt = prompts[response.index]

@@ -25,6 +25,7 @@ MACHINERY = [
     "packing.py",
     "equality.py",
     "log.py",
+    "own_task.py",
     "configs/base.py",
     "configs/load.py",
     "data/content.py",

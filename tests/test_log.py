@@ -51,6 +51,7 @@ METRICS = {
 
 def settings(tmp_path, **more):
     own = {"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, "steps": 20, "eval_samples": 8}
+    own |= {"task": "", "wandb": False}
     return SimpleNamespace(**own | more)
 
 
@@ -476,7 +477,7 @@ def test_terminal_without_unicode(tmp_path, monkeypatch):
 
 READ_BY_NOBODY = """
 import pathlib, sys, types, log
-cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8)
+cfg = types.SimpleNamespace(out_dir=sys.argv[1], name="a", steps=20, eval_samples=8, task="", wandb=False)
 run = log.Log(cfg)
 run.cut(0)
 sys.stdin.readline()

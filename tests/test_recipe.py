@@ -85,6 +85,7 @@ SIZES = {  # config → model, GPUs, tensor parallel, steps, training files
 }
 # What ORZ's runs do not use, and its value where it is off.
 VARIANTS = {
+    "task": "",
     "normalise_advantages": True,
     "critic_lam": 1.0,
     "epochs_per_step": 1,
@@ -103,7 +104,8 @@ VARIANTS = {
 # What says where, on what, how fast and how long it runs.
 OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
     tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
-    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every""".split()
+    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every
+    task_memory_gb wandb""".split()
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------

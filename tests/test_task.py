@@ -25,7 +25,7 @@ WRONG = r"thoughts </think> <answer>\boxed{3}</answer>"
 
 def needs(package):
     """A mark that skips a test where an optional package is missing."""
-    reason = f"{package} is not installed: pip install --no-deps -r requirements-extras.txt"
+    reason = f"{package} is not installed: make extras"
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
 
 
@@ -229,7 +229,7 @@ def reward(response, question, correct, finish_reason):
 
 
 def test_too_much_memory_is_an_error(tmp_path):
-    text = "def is_correct(response, question):\n    return len(b'x' * (3 << 30)) > 0\n"
+    text = "def is_correct(response, question):\n    return len(bytes(1 << 30)) > 0\n"
     assert judged(grader_of(tmp_path, text, memory_gb=1.0)).error.endswith("mine.py:2: MemoryError")
     assert judged(grader_of(tmp_path, text, memory_gb=8.0)) == (True, 1.0, "by_task", "")
 
@@ -319,12 +319,12 @@ def test_questions_that_cannot_be_used(tmp_path, body, message):
 
 def test_further_fields_of_a_file_reach_the_task(tmp_path):
     lines = [
-        {"question": "1?", "answer": "1", "level": 5, "choices": {"1": "one"}},
+        {"question": "one?", "answer": "1", "level": 5, "choices": {"1": "one"}},
         {"prompt": [{"from": "user", "value": "2?"}], "final_answer": "2", "answer": "not this", "id": [7]},
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = (question.as_dict() for question in load_questions(str(tmp_path / "q.jsonl")))
-    assert first == {"question": "1?", "answer": "1", "level": 5, "choices": {"1": "one"}}
+    assert first == {"question": "one?", "answer": "1", "level": 5, "choices": {"1": "one"}}
     assert second == {"question": "2?", "answer": "2", "choices": None, "id": [7]}
 
 
@@ -538,6 +538,21 @@ def test_wandb_is_asked_for_in_one_line(tmp_path, monkeypatch, capfd):
     assert launch.main([str(ROOT / "configs/tiny.py"), *arguments]) == 2
     expected = f"error: wandb=True needs the package wandb: {sys.executable} -m pip install wandb\n"
     assert capfd.readouterr().err == expected
+    assert not (tmp_path / "runs").exists()
+
+
+@needs("wandb")
+def test_wandb_without_a_login_is_one_line(tmp_path):
+    """wandb would ask for a key on the terminal, or raise after Ray and all Workers have started."""
+    environment = os.environ | {"HOME": str(tmp_path / "home"), "WANDB_MODE": "online"}
+    environment.pop("WANDB_API_KEY", None)
+    command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}/runs", "--wandb=True"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    way_out = "run `wandb login`, or set WANDB_MODE=offline"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"error: wandb=True: nobody is logged in; {way_out}",
+    )
     assert not (tmp_path / "runs").exists()
 
 
