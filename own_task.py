@@ -118,7 +118,9 @@ def takes(function, parameters):
 
 
 def as_json(question, place):
-    """A question as one line of JSON. Raises TaskError, which names the place, where JSON has no form for it."""
+    """A question as one line of JSON. Raises TaskError, which names the place, where it is no dict or has no such form."""
+    if not isinstance(question, dict):
+        raise TaskError(f"{place} is {question!r:.80}, not a dict")
     try:
         return json.dumps(question)
     except (TypeError, ValueError) as error:

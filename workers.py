@@ -75,7 +75,7 @@ def saved_networks(cfg):
 
 
 # The modules that a Worker imports, and what these import of the project.
-MODULES = """workers ppo rollout model reward equality packing log configs.load data.load data.models
+MODULES = """workers ppo rollout model reward equality own_task packing log configs.load data.load data.models
     tools.gpu_machine""".split()
 
 

@@ -304,7 +304,7 @@ def test_questions_are_written_once_and_read_again(tmp_path):
             "yield {'question': 'a', 'answer': 5}",
             "mine.py: questions('train'), item 1: the answer must be a text",
         ),
-        ("yield 'a question'", "mine.py: questions('train'):1: broken or truncated JSON, or none"),
+        ("yield 'a question'", "mine.py:1: question 1 of 'train' is 'a question', not a dict"),
         ("raise SystemExit", "mine.py:2: SystemExit"),
         ("import os\n    os._exit(1)", "mine.py: questions('train') crashed"),
     ],
