@@ -92,9 +92,8 @@ def gae(rewards, values, response_lens, gamma=1.0, lam=1.0):
     start = 0
     for length in response_lens:
         end = start + int(length)
-        advantages[start:end] = gae_of_response(
-            rewards[start:end].tolist(), values[start:end].tolist(), gamma, lam
-        )
+        rewards_here, values_here = rewards[start:end].tolist(), values[start:end].tolist()
+        advantages[start:end] = gae_of_response(rewards_here, values_here, gamma, lam)
         start = end
     return advantages, advantages + np.asarray(values, np.float32)
 
@@ -113,13 +112,17 @@ def gae_of_response(rewards, values, gamma, lam):
 def normalise(advantages):
     """Mean 0 and standard deviation 1 over all tokens of the batch, fp32 [N]. Sums of millions of terms need fp64."""
     wide = advantages.astype(np.float64)
-    return ((wide - wide.mean()) / (wide.std() + 1e-8)).astype(np.float32)
+    normalised = (wide - wide.mean()) / (wide.std() + 1e-8)
+    return normalised.astype(np.float32)
 
 
 def explained_variance(values, returns):
     """1 − Var(R − V) / Var(R): 1 for a critic that knows every return, 0 for one that predicts a constant."""
     variance = returns.var()
-    return float(1 - (returns - values).var() / variance) if variance > 0 else None
+    if variance == 0:
+        return None
+    unexplained = (returns - values).var()
+    return float(1 - unexplained / variance)
 
 
 # Without a critic a response is compared with the G responses to its prompt, and all its tokens have its advantage.
@@ -197,7 +200,9 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=None
 def value_loss(values, old_values, returns, value_clip):
     """ORZ's clipped value loss, ½ max of the squared errors of V and of V kept near V_old. All [N]."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped_values - returns) ** 2)
+    error = (values - returns) ** 2
+    clipped_error = (clipped_values - returns) ** 2
+    return 0.5 * torch.max(error, clipped_error)
 
 
 def kl_estimate(log_ratio, estimator="k3"):
@@ -253,7 +258,11 @@ def response_means(values, response_lens):
 
 def num_response_tokens(batch, plan):
     """The response tokens of a plan, over all ranks and packs."""
-    return sum(int(batch.response_lens[i]) for packs in plan for indices in packs for i in indices)
+    num_tokens = 0
+    for packs in plan:
+        for indices in packs:
+            num_tokens += int(batch.response_lens[indices].sum())
+    return num_tokens
 
 
 def loss_denominator(batch, plan, average, max_response_tokens):
@@ -354,7 +363,8 @@ class Learner:
 
         self.kind, self.cfg, self.device = kind, cfg, device
         self.is_trained = kind != "reference"
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
         self.drift_limit = cfg.drift_limit or DRIFT_LIMITS[dtype]
         plain_buffers = model.plain_buffers(kind, path, dtype, cfg.trust_remote_code)
         config = deepspeed_config(cfg, dtype, model.names_in_fp32(plain_buffers))
@@ -516,8 +526,10 @@ class Learner:
         """As policy_terms, for the critic."""
         pack = make_pack(batch, indices, self.device, ["values", "returns"])
         values, old_values = self.engine(pack), pack["values"]  # [N] each
-        loss = value_loss(values, old_values, pack["returns"], self.cfg.value_clip)
-        return loss, {"v_loss": loss, "value_clipfrac": (values - old_values).abs() > self.cfg.value_clip}
+        value_clip = self.cfg.value_clip
+        loss = value_loss(values, old_values, pack["returns"], value_clip)
+        is_clipped = (values - old_values).abs() > value_clip
+        return loss, {"v_loss": loss, "value_clipfrac": is_clipped}
 
     def apply(self, batch, sums, update):
         """Apply the gradient as update number `update`, unless anything is not finite. Returns `sums`, with its own."""
