@@ -87,7 +87,7 @@ CHOICES = {
 def test_choices_are_written_into_the_question(form, tmp_path, capsys):
     """The grader knows the choices and the model does not: it guesses a letter, and learns to guess."""
     fields, options = CHOICES[form]
-    ((question, answer, choices),), _ = converted(
+    ((question, answer, choices, _),), _ = converted(
         tmp_path, capsys, json.dumps({"question": "Largest?"} | fields), *options
     )
     assert (question, answer, choices) == ("Largest?\nA. Mars\nB. Jupiter", "B", PLANETS)
