@@ -97,11 +97,15 @@ def math_verify(answer, reference):
     return verify(gold, mine)
 
 
-def decide_anew(answer, reference):
-    """As for a text that was not seen before: a grading process remembers what it has read."""
+def forget():
+    """A grading process remembers what it has read; a new text takes longer."""
     for function in vars(equality).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+
+
+def decide_anew(answer, reference):
+    forget()
     return equality.decide(answer, reference)
 
 
@@ -185,6 +189,7 @@ def parsers(references):
     from latex2sympy2_extended import latex2sympy
 
     def own(text):
+        forget()
         text = equality.normalise(text)
         if equality.WORDS.fullmatch(text) or equality.CHOICE.fullmatch(text):
             return True

@@ -686,6 +686,9 @@ def test_cut_off_responses_and_missing_answers_are_counted():
     [
         (r"\frac{1}{2}", (True, "value")),
         ("x = 5", (True, "value")),
+        (r"2^{10} - 1 = 1023", (True, "value")),
+        (r"x^2 + y^2 = 4", (True, "value")),
+        (r"\text{not } x = 5", (False, "unread")),
         ("[2, 3)", (True, "value")),
         ("11:50", (True, "value")),
         ("52_8", (True, "value")),
