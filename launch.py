@@ -262,8 +262,9 @@ def start_ray(log):
     # Ray puts the current folder first on a Worker's path, and a reward.py there would be imported in place of ours.
     with contextlib.chdir(ROOT):
         context = None if address == "local" else join_cluster(address)
-        how = "joined" if context else "started"
-        context = context or start_cluster()
+        how = "joined"
+        if context is None:
+            how, context = "started", start_cluster()
     log.say(f"{how} the Ray cluster at {context.address_info['gcs_address']}")
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     return Cluster(has_gpus, context.address_info["session_dir"])

@@ -273,8 +273,13 @@ def loss_denominator(batch, plan, average, max_response_tokens):
     """
     if average == "token":
         return num_response_tokens(batch, plan)
-    num_responses = sum(len(indices) for packs in plan for indices in packs)
-    return num_responses * (max_response_tokens if average == "constant" else 1)
+    num_responses = 0
+    for packs in plan:
+        for indices in packs:
+            num_responses += len(indices)
+    if average == "constant":
+        return num_responses * max_response_tokens
+    return num_responses
 
 
 # ---- The schedule ------------------------------------------------------------------------------------------------

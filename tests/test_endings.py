@@ -188,6 +188,11 @@ def in_a_terminal(command):
     """Start a command with a terminal of its own. Returns its pid and the terminal's other end."""
     pid, terminal = pty.fork()
     if pid == 0:
+        for signum in (
+            signal.SIGINT,
+            signal.SIGHUP,
+        ):  # The tests themselves may run in the background, or by nohup.
+            signal.signal(signum, signal.SIG_DFL)
         os.environ |= {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
         os.chdir(ROOT)
         os.execvp(command[0], command)
