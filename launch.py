@@ -286,9 +286,7 @@ def join_cluster(address):
         if address == "auto" and isinstance(error, ConnectionError):
             return None
         reason = str(error).splitlines()[0]
-        if (
-            "oken" in reason
-        ):  # "Token authentication is enabled but no authentication token was found", and the like
+        if "token" in reason.lower():  # Ray's words for a missing or another token differ.
             reason = "it and this run have different tokens: start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=… and set"
             reason += " both here, or set RAY_AUTH_MODE=disabled for both"
         raise UserError(

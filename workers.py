@@ -553,7 +553,8 @@ class WorkerGroup:
     def save(self):
         """Write checkpoints/step_N atomically: into a folder beside it, which is then renamed."""
         folder = f"{self.log.dir}/checkpoints/step_{self.networks_step}"
-        if self.networks_step == 0 or os.path.exists(folder):
+        is_saved = os.path.exists(folder) and checkpoint_fault(folder, self.cfg) is None
+        if self.networks_step == 0 or is_saved:
             return
         size = 12 * self.num_parameters  # fp32 weights and AdamW's two averages
         free = shutil.disk_usage(self.log.dir).free
@@ -565,6 +566,7 @@ class WorkerGroup:
             self.call("save", "save", kind, f"{folder}.tmp")
         shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
         os.rename(f"{folder}.tmp", folder)
         saved = checkpoints(self.cfg)
         kept = sorted(saved)[-self.cfg.keep_checkpoints :] + [self.log.best(saved)]

@@ -311,3 +311,5 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     assert code == 0, out + err
     assert "the checkpoint of step 3 is damaged" in out and "from step 3 of 4" in out
     assert [row["step"] for row in metrics(tmp_path / "a")] == [1, 2, 3, 4]
+    # The damaged checkpoint was made again when its step was reached: it must not count among those that are kept.
+    assert workers.safetensors_header(file)
