@@ -179,9 +179,8 @@ def best_fit(lengths, capacity):
 def fill_evenly(lengths, num_packs):
     """Lists of indices, longest piece first, each put into the emptiest pack (Graham 1969)."""
     packs = [[] for _ in range(num_packs)]
-    fills = [
-        (0, pack_index) for pack_index in range(num_packs)
-    ]  # a heap of (tokens so far, which pack has them)
+    # A heap of (tokens so far, which pack has them).
+    fills = [(0, pack_index) for pack_index in range(num_packs)]
     for i in largest_first(lengths):
         tokens, emptiest = fills[0]
         packs[emptiest].append(i)
@@ -234,9 +233,8 @@ def make_pack(batch, indices, device, fields=()):
         prompt_index = batch.prompt_indices[i]
         prompt_len = batch.prompt_lens[i]
         length = batch.lengths[i] if indices else prompt_len
-        first_new = (
-            prompt_len if prompt_index in prompt_places else 0
-        )  # The pack has the tokens before it already.
+        # A prompt that stands in the pack already is not written again.
+        first_new = prompt_len if prompt_index in prompt_places else 0
         num_new = length - first_new
         num_placed = cu_seqlens_q[-1]
         places = np.arange(num_placed, num_placed + num_new)

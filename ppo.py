@@ -433,10 +433,8 @@ class Learner:
             metrics[name] = float(total / count) if count else None
         if kl_plan:
             # Both passes run the same packs: packs of other shapes would round differently.
-            log_ratio = torch.from_numpy(
-                self.forward(batch, kl_plan) - logprobs_before
-            )  # [N], 0 outside the plan
-            sum_of_kl = float(kl_estimate(log_ratio).sum())
+            log_ratio = self.forward(batch, kl_plan) - logprobs_before  # [N], 0 outside the plan
+            sum_of_kl = float(kl_estimate(torch.from_numpy(log_ratio)).sum())
             metrics["update_kl"] = sum_of_kl / max(1, num_response_tokens(batch, kl_plan))
         return metrics
 
