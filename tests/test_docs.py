@@ -130,14 +130,8 @@ def function_in(file, name):
     return ast.get_source_segment(source, found)
 
 
-DICTS = {
-    "metrics",
-    "vectors",
-    "shares",
-    "sums",
-    "results",
-    "means",
-}  # what the code calls the dicts that it fills
+# What the code calls the dicts that it fills.
+DICTS = {"metrics", "vectors", "shares", "sums", "results", "means"}
 NO_METRICS = {"deepspeed_config"}  # functions that make dicts of other things
 PARTS = {  # what may stand in the braces of a key
     "kind": ["policy", "critic"],
@@ -188,10 +182,8 @@ def phases_in_the_code():
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     group = next(node for node in classes if node.name == "WorkerGroup")
     phases = set(re.findall(r"self\.(?:call|sample)\(\s*\"(\w+)\"", ast.get_source_segment(source, group)))
-    return phases - {"setup", "load", "export"} | {
-        "policy",
-        "critic",
-    }  # WorkerGroup.update's is the network's
+    # WorkerGroup.update's is the network's.
+    return phases - {"setup", "load", "export"} | {"policy", "critic"}
 
 
 def metrics_of_stored_rows():

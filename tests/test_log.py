@@ -168,9 +168,8 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     assert drawn["Response length (tokens)"] == ["response_tokens"]
     assert drawn["Critic"] == ["v_loss"]
     (other := run.dir.parent / "b").mkdir()
-    (other / "metrics.jsonl").write_text(
-        '{"step": 1, "reward": 0.5}\n{"step": 2, "rew'
-    )  # a crash cut it short
+    # A crash cut it short.
+    (other / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
     assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
     assert plot.main([str(run.dir.parent / "none")]) == 2
@@ -311,9 +310,8 @@ def test_drift_warning(run, capsys):
     assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
     assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
     assert drift_warning(None, ten) is None
-    assert (
-        drift_warning(8e-8, [1e-8] * 10) is None
-    )  # fp32's rounding: two seeds of the demo had over three times it
+    # Fp32's rounding: two seeds of the demo had over three times it.
+    assert drift_warning(8e-8, [1e-8] * 10) is None
     run.step({"step": 0, "drift_mean": None, "seconds": {}})
     for step in range(1, 12):
         run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
@@ -533,14 +531,12 @@ def test_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
-    (tmp_path / "runs/a/thesis.tex").rename(
-        tmp_path / "runs/a/metrics.jsonl"
-    )  # somebody's curve, to draw beside others
+    # Somebody's curve, to draw beside others.
+    (tmp_path / "runs/a/thesis.tex").rename(tmp_path / "runs/a/metrics.jsonl")
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
-    (tmp_path / "runs/a/metrics.jsonl").write_text(
-        ""
-    )  # what a crash leaves that came before the settings were written
+    # What a crash leaves that came before the settings were written.
+    (tmp_path / "runs/a/metrics.jsonl").write_text("")
     Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
@@ -548,9 +544,8 @@ def test_existing_folder_is_left_alone(tmp_path):
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
-OLD_RUN = (
-    ROOT / "tests/old_run"
-)  # made by commit 028e8cd with configs/tiny.py; its list of versions was shortened
+# Made by commit 028e8cd with configs/tiny.py; its list of versions was shortened.
+OLD_RUN = ROOT / "tests/old_run"
 
 
 def recorded(folder, **changes):
