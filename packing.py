@@ -36,7 +36,8 @@ class Sample:
     text: str
     finish_reason: str  # "stop": the response ended by itself; "length": it was cut off
     correct: bool = False  # the verdict of the rule; never True for a response that was cut off
-    reward: float = 0.0  # what PPO maximises; by default 1.0 where correct, else 0.0
+    # What PPO maximises; by default 1.0 where correct, else 0.0. A reward of another scale needs another value_clip.
+    reward: float = 0.0
     graded: str = ""  # how the verdict was reached, one of the outcomes of reward.Grader
     stats: dict | None = None  # reward.response_stats of the text
     line: str = ""  # the sample as one line of samples/

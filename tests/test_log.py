@@ -43,6 +43,7 @@ METRICS = {
     "explained_var": None,
     "drift_mean": 1e-7,
     "drift_max": 2e-6,
+    "solved": [3, 5],
     "tokens": 6000,
     "seconds": {"generate": 1.5, "policy": 0.5, "pack": 0.001, "eval": 10.0},
     "eval": {"math": {"accuracy": 0.5, "cut_off": 0.0}},
@@ -87,7 +88,7 @@ def test_metrics_are_valid_json_and_keep_their_values(run):
 
 
 def test_tensorboard_holds_the_same_numbers(run):
-    """A curve in TensorBoard is shifted by a step, or holds None as 0."""
+    """A curve in TensorBoard is shifted by a step, or holds None as 0; a list, which is no number, ends the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run.step(METRICS)
@@ -96,7 +97,7 @@ def test_tensorboard_holds_the_same_numbers(run):
     events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
     names = set(events.Tags()["scalars"])
     assert {"reward", "eval/math/accuracy", "seconds/generate"} <= names
-    assert not {"clipfrac_low", "response_tokens_right", "step"} & names
+    assert not {"clipfrac_low", "response_tokens_right", "step", "solved"} & names
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(3, 0.25), (4, 0.75)]
     assert [(event.step, event.value) for event in events.Scalars("eval/math/accuracy")] == [(3, 0.5)]
 
