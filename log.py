@@ -553,7 +553,8 @@ def find_warnings(metrics, previous_drift_means):
     found = []
     if metrics.get("entropy", 1.0) < 0.002:
         found.append("COLLAPSE? entropy near zero")
-    if metrics.get("accuracy", metrics.get("reward")) in (0.0, 1.0):
+    # A task's rewards can differ where no response, or every response, is correct.
+    if "reward_min" in metrics and metrics["reward_min"] == metrics["reward_max"]:
         found.append("COLLAPSE? all rewards equal")
     if metrics.get("cut_off", 0.0) > 0.5:
         found.append("COLLAPSE? responses at the length limit")

@@ -97,7 +97,8 @@ def padded_attention(query, key, value, scaling, pack, is_grouped, sliding_windo
     num_queries = pack["cu_seqlens_q"].diff()[:, None]  # [B, 1]
     num_keys = pack["cu_seqlens_k"].diff()[:, None]  # [B, 1]
     newest_key = places + num_keys - num_queries  # [B, L]: the last key that a query sees
-    newest_key = newest_key.clamp(max=longest - 1)[..., None]  # [B, L, 1]
+    newest_key = newest_key.clamp(max=longest - 1)
+    newest_key = newest_key[..., None]  # [B, L, 1]
     oldest_key = newest_key - (sliding_window or longest) + 1
     mask = (places >= oldest_key) & (places <= newest_key)  # [B, L, L]
     is_query, is_key = places < num_queries, places < num_keys  # [B, L] each
@@ -149,7 +150,8 @@ class LogprobHead(nn.Linear):
         for chunk in chunks[:-1]:
             results.append(checkpoint(token_logprobs, *chunk, *rest, use_reentrant=False))
         # The backward pass begins with the last chunk: computing its logits twice would save no memory.
-        results.append(token_logprobs(*chunks[-1], *rest))
+        last_result = token_logprobs(*chunks[-1], *rest)
+        results.append(last_result)
         logprobs, entropies = zip(*results)
         return torch.cat(logprobs), torch.cat(entropies)
 

@@ -181,7 +181,9 @@ def fill_evenly(lengths, num_packs):
     """Lists of indices, longest piece first, each put into the emptiest pack (Graham 1969)."""
     packs = [[] for _ in range(num_packs)]
     # A heap of (tokens so far, which pack has them).
-    fills = [(0, pack_index) for pack_index in range(num_packs)]
+    fills = []
+    for pack_index in range(num_packs):
+        fills.append((0, pack_index))
     for i in largest_first(lengths):
         tokens, emptiest = fills[0]
         packs[emptiest].append(i)
@@ -235,7 +237,8 @@ def make_pack(batch, indices, device, fields=()):
         prompt_len = batch.prompt_lens[i]
         length = batch.lengths[i] if indices else prompt_len
         # A prompt that stands in the pack already is not written again.
-        first_new = prompt_len if prompt_index in prompt_places else 0
+        is_in_pack = prompt_index in prompt_places
+        first_new = prompt_len if is_in_pack else 0
         num_new = length - first_new
         num_placed = cu_seqlens_q[-1]
         places = np.arange(num_placed, num_placed + num_new)

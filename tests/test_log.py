@@ -498,16 +498,24 @@ def test_output_that_nobody_reads(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "a/metrics.jsonl")] == [1, 2, 3]
 
 
+def rewards(smallest, largest):
+    """The metrics of a step with these rewards, half of the responses each."""
+    return {"reward": (smallest + largest) / 2, "reward_min": smallest, "reward_max": largest}
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
         ({}, None),
         ({"entropy": 1e-3}, "entropy near zero"),
-        ({"reward": 0.0}, "all rewards equal"),
-        ({"reward": 1.0}, "all rewards equal"),
+        ({"accuracy": 0.0} | rewards(0.0, 0.0), "all rewards equal"),
+        ({"accuracy": 1.0} | rewards(1.0, 1.0), "all rewards equal"),
         ({"cut_off": 0.7}, "responses at the length limit"),
-        ({"accuracy": 0.0, "reward": -0.5}, "all rewards equal"),
-        ({"accuracy": 0.5, "reward": 0.0}, None),
+        ({"accuracy": 0.0} | rewards(-0.5, -0.5), "all rewards equal"),
+        ({"accuracy": 0.5} | rewards(0.2, 0.2), "all rewards equal"),
+        ({"accuracy": 0.5} | rewards(-1.0, 1.0), None),
+        ({"accuracy": 0.0} | rewards(0.0, 0.2), None),
+        ({"accuracy": 1.0} | rewards(1.0, 1.2), None),
     ],
 )
 def test_collapse_is_called_by_name(run, capsys, change, name):
