@@ -35,7 +35,7 @@ RUN_VERSION = 2
 # Settings that may differ when a run goes on: how long, how fast, how often, and paths, in whose place the content counts.
 # Any other would make it another run.
 MAY_CHANGE = """model critic_model train_data content steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
-    keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
+    keep_checkpoints samples_every report_samples max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
     name versions commit trust_remote_code task task_memory_gb wandb""".split()
 
 HEADER_EVERY = 20  # steps
