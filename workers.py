@@ -337,6 +337,12 @@ class Worker:
         results = self.learners[kind].forward(batch, plan)
         return results if self.rank == 0 else None
 
+    def logprobs_and_entropies(self, batch, plan):
+        """The policy's log-probs and entropies at all response tokens, fp32 [2, N]; rank 0 returns them."""
+        self.give_gpu_to("policy")
+        results = self.learners["policy"].logprobs_and_entropies(batch, plan)
+        return results if self.rank == 0 else None
+
     def update(self, kind, batch, plans, step, kl_plan):
         """The updates of one step; rank 0 returns their metrics."""
         self.give_gpu_to(kind)
@@ -529,6 +535,10 @@ class WorkerGroup:
     def values(self, batch, plan):
         """V(s_t), fp32 [N]: of the critic before this step's updates."""
         return self.call("values", "forward", "critic", batch, plan, interruptible=True)[0]
+
+    def logprobs_and_entropies(self, batch, plan):
+        """log π(a_t|s_t) and the entropy of π(·|s_t), fp32 [2, N]: of the policy before its updates, for the report."""
+        return self.call("report", "logprobs_and_entropies", batch, plan, interruptible=True)[0]
 
     def update(self, kind, batch, plans, kl_plan=None):
         """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
