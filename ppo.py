@@ -415,6 +415,17 @@ class Learner:
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 
+    @torch.no_grad()
+    def logprobs_and_entropies(self, batch, plan):
+        """log π(a_t|s_t) and the entropy of π(·|s_t) of a policy: fp32 [2, N], as forward."""
+        results = torch.zeros(2, len(batch.logprobs), device=self.device)  # [2, N]
+        for indices in plan[self.rank]:
+            pack = make_pack(batch, indices, self.device)
+            logprobs, entropies = self.engine(pack, self.cfg.temperature)  # [N of the pack] each
+            results[:, pack["token_index"]] = torch.stack([logprobs, entropies])
+        torch.distributed.all_reduce(results)
+        return results.cpu().numpy()
+
     def update(self, batch, plans, step, kl_plan=None):
         """One optimizer update on the samples of each plan. Returns metrics, each a mean over all elements.
 

@@ -98,5 +98,6 @@ eval_max_response_tokens = 0  # a response is cut off here; 0 = as in training (
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
 max_restarts = 100  # after the death of a machine or process, from the newest checkpoint [x >= 0]
 samples_every = 1  # steps between the files of samples/ that are kept, hundreds of MB each at ORZ's size; -1 = none [x == -1 or x > 0]
+report_samples = 32  # responses a step, and questions of each evaluation, that are recorded token by token in tokens/ for report.html; 0 = none [x >= 0]
 wandb = False  # send all metrics to Weights & Biases as well; needs the package wandb
 keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -20,7 +20,7 @@ MODES = ("debug", "eval_only")  # each is a file beside base.py, which is read a
 PATHS = ("model", "critic_model", "train_data", "eval_data", "task")
 # Settings that may differ when a run goes on: how long, how fast, how often.
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
-    keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization
+    keep_checkpoints samples_every report_samples max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization
     trust_remote_code task_memory_gb wandb""".split()
 # Paths that may differ then: what they name may have moved, and its content is compared. Any other setting must stay.
 MAY_MOVE = "model critic_model train_data task out_dir name".split()

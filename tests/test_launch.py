@@ -124,6 +124,7 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
         "config.json",
         "curves.png",
         "samples/step_1.jsonl",
+        "tokens/step_1.npz",
         "policy/config.json",
         "critic/config.json",
     ):

@@ -104,7 +104,7 @@ VARIANTS = {
 # What says where, on what, how fast and how long it runs.
 OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
     tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
-    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every
+    on_nonfinite drift_limit max_restarts keep_checkpoints samples_every report_samples
     task_memory_gb wandb""".split()
 
 
