@@ -165,8 +165,11 @@ def response_metrics(samples):
     """What the responses were like. A length is None where there is no such response."""
     right = [len(sample.response_ids) for sample in samples if sample.correct]
     wrong = [len(sample.response_ids) for sample in samples if not sample.correct]
+    rewards = [sample.reward for sample in samples]
     metrics = {
-        "reward": mean(sample.reward for sample in samples),
+        "reward": mean(rewards),
+        "reward_min": min(rewards),
+        "reward_max": max(rewards),
         "accuracy": mean(sample.correct for sample in samples),
     }
     all_lengths = {

@@ -292,7 +292,7 @@ class Worker:
     def generate(self, request):
         """Sample, and grade in other processes meanwhile. Returns (Samples in the order of the prompts, a hash of all
         sampled ids); only the first rank of an engine grades, and returns the Samples. All ranks of an engine call this
-        together with equal requests.
+        together with equal requests. Training and evaluation both sample here: request.with_reward is set in training only.
         """
         from packing import Sample
 

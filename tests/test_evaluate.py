@@ -122,6 +122,8 @@ def test_metrics_go_by_the_verdict(rewards):
     assert (found["accuracy"], found["response_tokens"]) == (0.4, 6.2)
     assert (found["response_tokens_right"], found["response_tokens_wrong"]) == (5.0, 7.0)
     assert found["reward"] == pytest.approx((2 * rewards[True] + 3 * rewards[False]) / 5)
+    smallest, largest = sorted([rewards[False], rewards[True]])
+    assert (found["reward_min"], found["reward_max"]) == (smallest, largest)
     batch = Batch(right + wrong)
     assert batch.correct.tolist() == [True, True, False, False, False]
     assert batch.rewards == pytest.approx([rewards[True]] * 2 + [rewards[False]] * 3)

@@ -261,9 +261,8 @@ def learner_checks(path, batch):
         return {name: tensor - before[name] for name, tensor in weights(trained).items()}, metrics
 
     for kind in ("policy", "critic"):
-        still = learner(
-            kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP}
-        )  # gradients of the same weights
+        # Gradients of the same weights.
+        still = learner(kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP})
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
         results |= gradients_of_plans(still, batch)
