@@ -9,7 +9,7 @@ networks are in the Workers, one process per GPU (workers.py), and each call of 
                                                        ▲                                                         │
                                                        └──────────────── evaluate, log, save ◄───────────────────┘
 
-In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, samples/, logs/, policy/, critic/.
+In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
@@ -46,6 +46,7 @@ from data.load import (
 from data.models import local_model
 from log import Log, outlive_terminal
 from reward import REFLECTION, Grader, extract_answer, task_file
+from token_record import record_evaluation, record_step
 from tools import plan
 from workers import (
     Cluster,
@@ -100,6 +101,10 @@ def train(cfg, workers, tasks, log):
             rng, num_updates = rng_for(cfg.seed, step, "critic"), cfg.critic_updates_per_step
             plans = plan_updates(batch, everything, num_updates, rng, cfg, tasks.hidden_size)
             metrics |= workers.update("critic", batch, plans)
+
+        # Record: some responses token by token, as the policy sees them before its update.
+        if cfg.report_samples > 0:
+            record_step(cfg, workers, tasks, log, step, prompts, samples, batch)
 
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
         metrics |= update_policy(cfg, workers, batch, step, tasks.hidden_size)
@@ -216,6 +221,8 @@ def evaluate(cfg, workers, tasks, log, step):
                 log.show(prompt.question, group[0])
         log.lines(f"eval_{name}_{step}", [sample.line for sample in samples])
         log.lines(f"eval_{name}_{step}_questions", records)
+        if cfg.report_samples > 0:
+            record_evaluation(cfg, tasks, log, name, step, samples)
         means = {key: mean(score[key] for score in scores) for key in scores[0]}
         deviation = np.std([score["accuracy"] for score in scores])
         means["accuracy_stderr"] = float(deviation / max(1, len(prompts) - 1) ** 0.5)

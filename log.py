@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.load import ROOT, UserError
+from configs.load import MAY_CHANGE, MAY_MOVE, ROOT, UserError
 from reward import task_copy, task_file
 
 TOOLS = ROOT / "tools"
@@ -32,11 +32,8 @@ TOOLS = ROOT / "tools"
 # because settings, metrics, checkpoints or random numbers have another meaning.
 RUN_VERSION = 2
 
-# Settings that may differ when a run goes on: how long, how fast, how often, and paths, in whose place the content counts.
-# Any other would make it another run.
-MAY_CHANGE = """model critic_model train_data content steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
-    keep_checkpoints samples_every max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization out_dir
-    name versions commit trust_remote_code task task_memory_gb wandb""".split()
+# What config.json has beside the settings. The hashes in "content" are compared by changed_content.
+RECORDED = ("versions", "commit", "content")
 
 HEADER_EVERY = 20  # steps
 WANDB = "Weights & Biases"
@@ -199,7 +196,11 @@ class Log:
                 self.drift_means.append(row["drift_mean"])
 
     def rows(self):
-        """The whole rows of metrics.jsonl."""
+        """The whole rows of metrics.jsonl.
+
+        When a run goes on, cut() has left those of the steps up to its checkpoint. What a fork must remember from step to
+        step can therefore stand there: a list in the metrics of each step.
+        """
         return read_rows(self.metrics.name)[0]
 
     def best(self, steps):
@@ -449,7 +450,7 @@ def check_same_run(folder, settings):
     check_same_version(folder, before, settings)
     changed = []
     for name in sorted(settings):
-        if before[name] != settings[name] and name not in MAY_CHANGE:
+        if before[name] != settings[name] and name not in (*MAY_CHANGE, *MAY_MOVE, *RECORDED):
             changed.append(f"{name}={before[name]!r}")
     changed += changed_content(before.get("content", {}), settings.get("content", {}))
     if changed:
@@ -661,12 +662,12 @@ def sample_line(sample, question):
 
 
 def flatten(metrics, prefix=""):
-    """{"eval": {"a": 1}, "b": None} → {"eval/a": 1}."""
+    """{"eval": {"a": 1}, "b": None, "c": [2, 3]} → {"eval/a": 1}. A list is no curve; metrics.jsonl alone has it."""
     flat = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}/")
-        elif value is not None:
+        elif value is not None and not isinstance(value, list):
             flat[prefix + name] = value
     return flat
 

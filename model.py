@@ -96,9 +96,8 @@ def padded_attention(query, key, value, scaling, pack, is_grouped, sliding_windo
     places = torch.arange(longest, device=query.device)  # [L]
     num_queries = pack["cu_seqlens_q"].diff()[:, None]  # [B, 1]
     num_keys = pack["cu_seqlens_k"].diff()[:, None]  # [B, 1]
-    newest_key = (places + num_keys - num_queries).clamp(
-        max=longest - 1
-    )  # [B, L]: the last that a query sees
+    newest_key = places + num_keys - num_queries  # [B, L]: the last key that a query sees
+    newest_key = newest_key.clamp(max=longest - 1)
     newest_key = newest_key[..., None]  # [B, L, 1]
     oldest_key = newest_key - (sliding_window or longest) + 1
     mask = (places >= oldest_key) & (places <= newest_key)  # [B, L, L]
@@ -150,9 +149,9 @@ class LogprobHead(nn.Linear):
         results = []
         for chunk in chunks[:-1]:
             results.append(checkpoint(token_logprobs, *chunk, *rest, use_reentrant=False))
-        results.append(
-            token_logprobs(*chunks[-1], *rest)
-        )  # The backward pass begins here: nothing is gained by less.
+        # The backward pass begins with the last chunk: computing its logits twice would save no memory.
+        last_result = token_logprobs(*chunks[-1], *rest)
+        results.append(last_result)
         logprobs, entropies = zip(*results)
         return torch.cat(logprobs), torch.cat(entropies)
 

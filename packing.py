@@ -36,7 +36,8 @@ class Sample:
     text: str
     finish_reason: str  # "stop": the response ended by itself; "length": it was cut off
     correct: bool = False  # the verdict of the rule; never True for a response that was cut off
-    reward: float = 0.0  # what PPO maximises; by default 1.0 where correct, else 0.0
+    # What PPO maximises; by default 1.0 where correct, else 0.0. A reward of another scale needs another value_clip.
+    reward: float = 0.0
     graded: str = ""  # how the verdict was reached, one of the outcomes of reward.Grader
     stats: dict | None = None  # reward.response_stats of the text
     line: str = ""  # the sample as one line of samples/
@@ -179,9 +180,10 @@ def best_fit(lengths, capacity):
 def fill_evenly(lengths, num_packs):
     """Lists of indices, longest piece first, each put into the emptiest pack (Graham 1969)."""
     packs = [[] for _ in range(num_packs)]
-    fills = [
-        (0, pack_index) for pack_index in range(num_packs)
-    ]  # a heap of (tokens so far, which pack has them)
+    # A heap of (tokens so far, which pack has them).
+    fills = []
+    for pack_index in range(num_packs):
+        fills.append((0, pack_index))
     for i in largest_first(lengths):
         tokens, emptiest = fills[0]
         packs[emptiest].append(i)
@@ -234,9 +236,9 @@ def make_pack(batch, indices, device, fields=()):
         prompt_index = batch.prompt_indices[i]
         prompt_len = batch.prompt_lens[i]
         length = batch.lengths[i] if indices else prompt_len
-        first_new = (
-            prompt_len if prompt_index in prompt_places else 0
-        )  # The pack has the tokens before it already.
+        # A prompt that stands in the pack already is not written again.
+        is_in_pack = prompt_index in prompt_places
+        first_new = prompt_len if is_in_pack else 0
         num_new = length - first_new
         num_placed = cu_seqlens_q[-1]
         places = np.arange(num_placed, num_placed + num_new)

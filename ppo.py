@@ -190,7 +190,8 @@ def policy_samples(batch, cfg):
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=None):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio.
 
-    A clip_eps_high of its own lets rare tokens grow further (DAPO, arXiv 2503.14476, eq. 10).
+    A clip_eps_high of its own lets rare tokens grow further (DAPO, arXiv 2503.14476, eq. 10). With one policy update a step
+    the ratio is 1 at every token, and the clip has no effect: a loss that differs from this one in its clip alone is the same.
     """
     ratio = (logprobs - old_logprobs).exp()  # [N]
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + (clip_eps_high or clip_eps))
@@ -414,6 +415,17 @@ class Learner:
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 
+    @torch.no_grad()
+    def logprobs_and_entropies(self, batch, plan):
+        """log π(a_t|s_t) and the entropy of π(·|s_t) of a policy: fp32 [2, N], as forward."""
+        results = torch.zeros(2, len(batch.logprobs), device=self.device)  # [2, N]
+        for indices in plan[self.rank]:
+            pack = make_pack(batch, indices, self.device)
+            logprobs, entropies = self.engine(pack, self.cfg.temperature)  # [N of the pack] each
+            results[:, pack["token_index"]] = torch.stack([logprobs, entropies])
+        torch.distributed.all_reduce(results)
+        return results.cpu().numpy()
+
     def update(self, batch, plans, step, kl_plan=None):
         """One optimizer update on the samples of each plan. Returns metrics, each a mean over all elements.
 
@@ -433,10 +445,8 @@ class Learner:
             metrics[name] = float(total / count) if count else None
         if kl_plan:
             # Both passes run the same packs: packs of other shapes would round differently.
-            log_ratio = torch.from_numpy(
-                self.forward(batch, kl_plan) - logprobs_before
-            )  # [N], 0 outside the plan
-            sum_of_kl = float(kl_estimate(log_ratio).sum())
+            log_ratio = self.forward(batch, kl_plan) - logprobs_before  # [N], 0 outside the plan
+            sum_of_kl = float(kl_estimate(torch.from_numpy(log_ratio)).sum())
             metrics["update_kl"] = sum_of_kl / max(1, num_response_tokens(batch, kl_plan))
         return metrics
 

@@ -148,9 +148,8 @@ class Grader:
     def __init__(self, num_processes: int = 2, task: TaskFile | None = None):
         """Raises UserError where the task file cannot be loaded, or defines no function of a task."""
         self.threads = ThreadPoolExecutor(num_processes)
-        self.idle = deque(
-            [None] * num_processes
-        )  # processes that wait for a request; None is yet to be started
+        # Processes that wait for a request; None stands for one that is yet to be started.
+        self.idle = deque([None] * num_processes)
         self.task = task
         self.memory_bytes = int(task.memory_gb * 2**30) if task else MEMORY_BYTES
         self.task_functions = self._load_task() if task else []

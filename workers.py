@@ -292,7 +292,7 @@ class Worker:
     def generate(self, request):
         """Sample, and grade in other processes meanwhile. Returns (Samples in the order of the prompts, a hash of all
         sampled ids); only the first rank of an engine grades, and returns the Samples. All ranks of an engine call this
-        together with equal requests.
+        together with equal requests. Training and evaluation both sample here: request.with_reward is set in training only.
         """
         from packing import Sample
 
@@ -335,6 +335,12 @@ class Worker:
         """Values or log-probs of all response tokens, fp32 [N]; rank 0 returns them."""
         self.give_gpu_to(kind)
         results = self.learners[kind].forward(batch, plan)
+        return results if self.rank == 0 else None
+
+    def logprobs_and_entropies(self, batch, plan):
+        """The policy's log-probs and entropies at all response tokens, fp32 [2, N]; rank 0 returns them."""
+        self.give_gpu_to("policy")
+        results = self.learners["policy"].logprobs_and_entropies(batch, plan)
         return results if self.rank == 0 else None
 
     def update(self, kind, batch, plans, step, kl_plan):
@@ -530,6 +536,10 @@ class WorkerGroup:
         """V(s_t), fp32 [N]: of the critic before this step's updates."""
         return self.call("values", "forward", "critic", batch, plan, interruptible=True)[0]
 
+    def logprobs_and_entropies(self, batch, plan):
+        """log π(a_t|s_t) and the entropy of π(·|s_t), fp32 [2, N]: of the policy before its updates, for the report."""
+        return self.call("report", "logprobs_and_entropies", batch, plan, interruptible=True)[0]
+
     def update(self, kind, batch, plans, kl_plan=None):
         """One optimizer update of the "policy" or "critic" for each of the plans; returns metrics, see Learner.update."""
         self.networks_step = None
@@ -681,7 +691,8 @@ def worker_environment(cfg, on_gpu):
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # Threads that are not bound to cores: else two Workers would share the same ones.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // cfg.workers))
+        threads = max(1, os.cpu_count() // cfg.workers)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return environment
 
 

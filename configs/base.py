@@ -2,8 +2,8 @@
 
 A config file holds only what differs from this; `--key=value` on the command line comes last. The brackets hold
 plain Python with x for the value; configs/load.py evaluates them, so what is written here is what is enforced.
-Rules that bind two settings to each other are code there (check_combinations). `python launch.py --help` prints
-this file.
+Rules that bind two settings to each other are code there (check_sizes and its neighbours). `python launch.py --help`
+prints this file, and marks the settings that may differ when a run goes on.
 """
 
 from pathlib import Path
@@ -71,7 +71,7 @@ epochs_per_step = 1  # passes over the batch, each of that many updates, of both
 critic_warmup_steps = 0  # the first steps, in which only the critic learns; 0 = none (ORZ) [x >= 0]
 clip_eps = 0.2  # PPO's ε, how far the ratio may leave 1 (ORZ) [0 < x < 1]
 clip_eps_high = 0.0  # ε above 1 alone; 0 = clip_eps (ORZ; DAPO: 0.28) [x >= 0]
-value_clip = 0.2  # how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
+value_clip = 0.2  # in units of the reward: how far V may move from V_old before its loss stops helping it (ORZ) [x > 0]
 # loss_average: the policy's loss is a mean over all tokens, or over the responses of the mean over each one's tokens
 # (GRPO), or over the responses of the sum over each one's tokens, divided by max_response_tokens (Dr. GRPO).
 loss_average = "token"  # see above [x in ("token", "response", "constant")]
@@ -98,5 +98,6 @@ eval_max_response_tokens = 0  # a response is cut off here; 0 = as in training (
 save_every = 50  # steps between checkpoints; -1 = only at the end [x == -1 or x > 0]
 max_restarts = 100  # after the death of a machine or process, from the newest checkpoint [x >= 0]
 samples_every = 1  # steps between the files of samples/ that are kept, hundreds of MB each at ORZ's size; -1 = none [x == -1 or x > 0]
+report_samples = 32  # responses a step, and questions of each evaluation, that are recorded token by token in tokens/ for report.html; 0 = none [x >= 0]
 wandb = False  # send all metrics to Weights & Biases as well; needs the package wandb
 keep_checkpoints = 2  # the newest, and besides them the best in evaluation [x > 0]

@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "base.py"
 MODES = ("debug", "eval_only")  # each is a file beside base.py, which is read after the config
 PATHS = ("model", "critic_model", "train_data", "eval_data", "task")
+# Settings that may differ when a run goes on: how long, how fast, how often.
+MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
+    keep_checkpoints samples_every report_samples max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization
+    trust_remote_code task_memory_gb wandb""".split()
+# Paths that may differ then: what they name may have moved, and its content is compared. Any other setting must stay.
+MAY_MOVE = "model critic_model train_data task out_dir name".split()
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
 
@@ -26,9 +32,9 @@ class UserError(Exception):
 
 
 def load(argv):
-    """The settings of a run. Where it is asked for, prints the help, which is base.py itself, and exits."""
+    """The settings of a run. Where it is asked for, prints the help and exits."""
     if "--help" in argv or "-h" in argv:
-        print(f"usage: python launch.py CONFIG [--key=value …]\n\n{BASE.read_text(encoding='utf-8')}")
+        print(help_text())
         sys.exit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError("the config file comes first: python launch.py CONFIG --key=value …, or --help")
@@ -58,6 +64,25 @@ def load(argv):
     check_sizes(cfg)
     check_algorithm(cfg)
     return cfg
+
+
+HELP = """usage: python launch.py CONFIG [--key=value …]
+
+A run that goes on (the same command once more, after an interruption or with more steps) keeps its settings, but
+  (may change)  marks settings that may then have other values;
+  (may move)    marks paths and names: they may differ, as long as what they name is the same.
+With another value of any other setting the command is refused: give that run another --name.
+
+"""
+
+
+def help_text():
+    """The usage, and base.py with these marks at the beginning of its comments."""
+    text = BASE.read_text(encoding="utf-8")
+    for mark, keys in (("may change", MAY_CHANGE), ("may move", MAY_MOVE)):
+        for key in keys:
+            text = re.sub(rf"^({key} = .*?  # )", rf"\1({mark}) ", text, flags=re.MULTILINE)
+    return HELP + text
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------

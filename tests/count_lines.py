@@ -26,6 +26,7 @@ MACHINERY = [
     "equality.py",
     "log.py",
     "own_task.py",
+    "token_record.py",
     "configs/base.py",
     "configs/load.py",
     "data/content.py",

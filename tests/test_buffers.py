@@ -59,9 +59,8 @@ def read_buffers(hf):
     buffers = {
         name: buffer.cpu().clone() for name, buffer in hf.named_buffers() if buffer.is_floating_point()
     }
-    hidden = torch.zeros(
-        1, 1, 1, dtype=hf.dtype, device=next(hf.buffers()).device
-    )  # says dtype and device only
+    # Says dtype and device only.
+    hidden = torch.zeros(1, 1, 1, dtype=hf.dtype, device=next(hf.buffers()).device)
     positions = torch.arange(NUM_POSITIONS, device=hidden.device)[None]
     cos, sin = hf.base_model.rotary_emb(hidden, positions)  # [1, NUM_POSITIONS, D]
     return buffers | {"cos": cos.cpu(), "sin": sin.cpu()}

@@ -273,11 +273,8 @@ def tokenizer():
 def test_prompt_is_the_template_after_one_begin_token(tokenizer):
     """Braces of a question are read as format fields; two begin tokens, or an end token after the prompt, which the
     policy then has to continue after."""
-    assert tokenizer("a")["input_ids"] == [
-        0,
-        tokenizer("a", add_special_tokens=False)["input_ids"][0],
-        1,
-    ]  # as said
+    # As said.
+    assert tokenizer("a")["input_ids"] == [0, tokenizer("a", add_special_tokens=False)["input_ids"][0], 1]
     template = read_file(BASE)["prompt_template"]
     question = Question("What is {x} in $\\frac{1}{2}$, {question}, {0}, %s?", "1")
     tokenizer.chat_template = chat_template(tokenizer, template)
@@ -403,9 +400,8 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
     """A resumed run sees other questions than the run that was not killed; or every epoch has the same order."""
     np.random.seed(0)
     first = [step_questions(1000, 250, 1, step) for step in range(8)]
-    again = [step_questions(1000, 250, 1, step) for step in reversed(range(8))][
-        ::-1
-    ]  # no cursor, no hidden state
+    # No cursor, no hidden state.
+    again = [step_questions(1000, 250, 1, step) for step in reversed(range(8))][::-1]
     assert all((a == b).all() for a, b in zip(first, again))
     assert (np.concatenate(first[:4]) != np.concatenate(first[4:])).any()
     assert (first[0] != step_questions(1000, 250, 2, 0)).any()

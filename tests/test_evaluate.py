@@ -52,7 +52,7 @@ def evaluate(groups_by_set, k):
         return answers[asked[0].question.question]
 
     log, workers = Log(), SimpleNamespace(evaluate=answer)
-    cfg, tasks = SimpleNamespace(eval_samples=k), SimpleNamespace(eval=prompts)
+    cfg, tasks = SimpleNamespace(eval_samples=k, report_samples=0), SimpleNamespace(eval=prompts)
     return launch.evaluate(cfg, workers, tasks, log, step=7), log
 
 

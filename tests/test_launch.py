@@ -124,6 +124,7 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
         "config.json",
         "curves.png",
         "samples/step_1.jsonl",
+        "tokens/step_1.npz",
         "policy/config.json",
         "critic/config.json",
     ):
@@ -154,9 +155,8 @@ def check_exports(folder):
     assert torch.isfinite(policy(prompt["input_ids"]).logits).all()
     sample = json.loads((folder / "samples/step_1.jsonl").read_text().splitlines()[0])
     chat = [{"role": "user", "content": sample["question"]}]
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder / "policy"
-    )  # what it was trained to answer is its chat template
+    # What it was trained to answer is its chat template.
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert list(ids) == sample["prompt_ids"]
 

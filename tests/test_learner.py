@@ -261,9 +261,8 @@ def learner_checks(path, batch):
         return {name: tensor - before[name] for name, tensor in weights(trained).items()}, metrics
 
     for kind in ("policy", "critic"):
-        still = learner(
-            kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP}
-        )  # gradients of the same weights
+        # Gradients of the same weights.
+        still = learner(kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP})
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
         results |= gradients_of_plans(still, batch)
@@ -309,6 +308,9 @@ def learner_checks(path, batch):
     results["update_kl"] = means["update_kl"], before, moving.forward(batch, whole[0])
     results["update_kl at rate 0"] = still.update(batch, whole, 1, few)["update_kl"]
     assert "update_kl" not in still.update(batch, whole, 1)
+
+    # What the report shows of some samples.
+    results["report"] = (still.logprobs_and_entropies(batch, few), still.forward(batch, few))
 
     # A reference model becomes the policy; saved and loaded, it is the same to the last bit.
     reference, loaded = learner("reference"), learner("reference")
@@ -691,3 +693,20 @@ def test_a_loaded_learner_in_bf16(bf16):
     """Weights at work that are not the loaded ones, rounded to bf16."""
     for rank in bf16:
         check_saved_and_loaded(rank)
+
+
+def test_logprobs_and_entropies_are_those_of_plain_transformers(checks, path, data):
+    """The report shows the entropy of another token, or doubles what two ranks add up; or it is filled outside the plan."""
+    network = tiny_models.plain_policy(path)
+    samples, batch = data
+    (logprobs, entropies), forward = checks[0]["report"]
+    assert np.array_equal(logprobs, forward)
+    seen = np.zeros(len(logprobs), bool)
+    for i in KL_SAMPLES:
+        place = tiny_models.place(batch, i)
+        with torch.no_grad():
+            plain = tiny_models.plain_logprobs(network, samples[i].prompt_ids, samples[i].response_ids)
+        assert np.abs(logprobs[place] - plain[0].numpy()).max(initial=0) < 1e-5
+        assert np.abs(entropies[place] - plain[1].numpy()).max(initial=0) < 1e-5
+        seen[place] = True
+    assert seen.any() and not logprobs[~seen].any() and not entropies[~seen].any()

@@ -43,6 +43,7 @@ METRICS = {
     "explained_var": None,
     "drift_mean": 1e-7,
     "drift_max": 2e-6,
+    "solved": [3, 5],
     "tokens": 6000,
     "seconds": {"generate": 1.5, "policy": 0.5, "pack": 0.001, "eval": 10.0},
     "eval": {"math": {"accuracy": 0.5, "cut_off": 0.0}},
@@ -87,7 +88,7 @@ def test_metrics_are_valid_json_and_keep_their_values(run):
 
 
 def test_tensorboard_holds_the_same_numbers(run):
-    """A curve in TensorBoard is shifted by a step, or holds None as 0."""
+    """A curve in TensorBoard is shifted by a step, or holds None as 0; a list, which is no number, ends the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run.step(METRICS)
@@ -96,7 +97,7 @@ def test_tensorboard_holds_the_same_numbers(run):
     events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
     names = set(events.Tags()["scalars"])
     assert {"reward", "eval/math/accuracy", "seconds/generate"} <= names
-    assert not {"clipfrac_low", "response_tokens_right", "step"} & names
+    assert not {"clipfrac_low", "response_tokens_right", "step", "solved"} & names
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(3, 0.25), (4, 0.75)]
     assert [(event.step, event.value) for event in events.Scalars("eval/math/accuracy")] == [(3, 0.5)]
 
@@ -168,9 +169,8 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     assert drawn["Response length (tokens)"] == ["response_tokens"]
     assert drawn["Critic"] == ["v_loss"]
     (other := run.dir.parent / "b").mkdir()
-    (other / "metrics.jsonl").write_text(
-        '{"step": 1, "reward": 0.5}\n{"step": 2, "rew'
-    )  # a crash cut it short
+    # A crash cut it short.
+    (other / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
     assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
     assert plot.main([str(run.dir.parent / "none")]) == 2
@@ -335,9 +335,8 @@ def test_drift_warning(run, capsys):
     assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
     assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
     assert drift_warning(None, ten) is None
-    assert (
-        drift_warning(8e-8, [1e-8] * 10) is None
-    )  # fp32's rounding: two seeds of the demo had over three times it
+    # Fp32's rounding: two seeds of the demo had over three times it.
+    assert drift_warning(8e-8, [1e-8] * 10) is None
     run.step({"step": 0, "drift_mean": None, "seconds": {}})
     for step in range(1, 12):
         run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
@@ -565,14 +564,12 @@ def test_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
-    (tmp_path / "runs/a/thesis.tex").rename(
-        tmp_path / "runs/a/metrics.jsonl"
-    )  # somebody's curve, to draw beside others
+    # Somebody's curve, to draw beside others.
+    (tmp_path / "runs/a/thesis.tex").rename(tmp_path / "runs/a/metrics.jsonl")
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
-    (tmp_path / "runs/a/metrics.jsonl").write_text(
-        ""
-    )  # what a crash leaves that came before the settings were written
+    # What a crash leaves that came before the settings were written.
+    (tmp_path / "runs/a/metrics.jsonl").write_text("")
     Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
@@ -580,9 +577,8 @@ def test_existing_folder_is_left_alone(tmp_path):
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
-OLD_RUN = (
-    ROOT / "tests/old_run"
-)  # made by commit 028e8cd with configs/tiny.py; its list of versions was shortened
+# Made by commit 028e8cd with configs/tiny.py; its list of versions was shortened.
+OLD_RUN = ROOT / "tests/old_run"
 
 
 def recorded(folder, **changes):

@@ -83,9 +83,8 @@ def test_7b_on_32_gpus_by_hand():
     # vLLM may fill 56 GiB; a token of cache is 2 (keys, values) · 28 layers · 4 heads · 128 · 2 bytes = 57,344
     assert generate["vLLM's weights"] == pytest.approx(14.185, abs=1e-3)
     table = generate["vLLM's table of sampled tokens"]
-    assert table == pytest.approx(
-        4 * 1024 * 152_064 / 2**30
-    )  # 0.58: int32 for each of 1,024 sequences and each word
+    # 0.58: int32 for each of 1,024 sequences and each word.
+    assert table == pytest.approx(4 * 1024 * 152_064 / 2**30)
     assert phases["sync"]["vLLM's table of sampled tokens"] == table  # it comes back with the weights
     # 0.5 + 16,384 · 2 · (4·3584 + 3·18944) bytes + 1,024 · 12 · 152,064 bytes
     working = sum(held for what, held in generate.items() if what.endswith("(a guess)") and "vLLM's" in what)
@@ -106,9 +105,8 @@ def test_32b_on_128_gpus_by_hand():
     assert phases["sync"]["policy's weights"] == phases["policy"]["weights"]
     cfg = config("orz_32b")
     (line,) = [what for what in plan.plan(cfg, plan.read_shape(cfg.model), 80.0)["generate"] if "KV" in what]
-    assert line.endswith(
-        " * 34,816 * 65,536"
-    )  # 2,048 + 32,768 tokens, in evaluation; 64 layers · 2 of 8 heads · 128 · 2 · 2 bytes
+    # 2,048 + 32,768 tokens, in evaluation; 64 layers · 2 of 8 heads · 128 · 2 · 2 bytes.
+    assert line.endswith(" * 34,816 * 65,536")
     for items in phases.values():
         assert sum(items.values()) <= 80
 

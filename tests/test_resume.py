@@ -38,10 +38,11 @@ def weights(folder):
 
 
 def check_same(folder, undisturbed):
-    """Metrics, samples, evaluations and final weights."""
+    """Metrics, samples, evaluations, what was recorded token by token, and final weights."""
     assert without_timings(metrics(folder)) == without_timings(metrics(undisturbed))
-    for file in sorted((undisturbed / "samples").iterdir()):
-        assert (folder / "samples" / file.name).read_bytes() == file.read_bytes(), file.name
+    for kind in ("samples", "tokens"):
+        for file in sorted((undisturbed / kind).iterdir()):
+            assert (folder / kind / file.name).read_bytes() == file.read_bytes(), f"{kind}/{file.name}"
     assert weights(folder) == weights(undisturbed)
 
 

@@ -167,9 +167,8 @@ def tensor_parallel(tied, untied):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     def make(**settings):
-        return tiny_models.make_model(
-            tmp_path_factory.mktemp("model"), hidden=128, **settings
-        )  # heads of 32, for vLLM
+        # Heads of 32, for vLLM.
+        return tiny_models.make_model(tmp_path_factory.mktemp("model"), hidden=128, **settings)
 
     return {"tied": make(tie=True), "untied": make(), "bf16": make(dtype=torch.bfloat16)}
 

@@ -131,9 +131,8 @@ def reward(response, question, correct, finish_reason):
     grader = grader_of(tmp_path, text)
     verdict = judged(grader)
     assert verdict[:3] == (True, 0.0, "task_error")
-    is_value = (
-        value in list(BAD_REWARDS)[:7]
-    )  # The function's first line stands for a value that it returned.
+    # The function's first line stands for a value that it returned.
+    is_value = value in list(BAD_REWARDS)[:7]
     assert verdict.error.startswith(f"{tmp_path}/mine.py:{2 if is_value else 5}: {BAD_REWARDS[value]}")
     assert "\n" not in verdict.error
     assert judged(grader, "fine") == (False, 0.5, "no_answer", "")
