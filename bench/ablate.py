@@ -50,7 +50,7 @@ ABLATIONS = {
     },
     "kl": {
         "kl_loss": {"kl_loss_coef": 0.1},
-        "kl_reward": {"kl_coef": 0.01},
+        "kl_reward": {"kl_coef": 0.05},
     },
     "critic_updates": {"critic_updates_1": {"critic_updates_per_step": 1}},
     "normalise": {"not_normalised": {"normalise_advantages": False}},
