@@ -360,14 +360,12 @@ def load_data(cfg):
 
 def run_with_restarts(cfg, argv, tasks, log):
     """Run, and run again from the newest checkpoint after the death of a Worker or a time limit. Returns the exit code."""
-    from ray.exceptions import RayActorError
-
     stop_request = StopRequest()
     failed_steps = []  # the newest checkpoint at each death
     while True:
         try:
             return run_once(cfg, argv, tasks, log, stop_request)
-        except (RayActorError, PhaseTimeout) as error:
+        except deaths() as error:
             report(error, log)
             step = newest_whole_checkpoint(cfg, log)
             # A signal may have ended the Workers along with this process.
@@ -375,6 +373,13 @@ def run_with_restarts(cfg, argv, tasks, log):
                 return os.EX_TEMPFAIL
             failed_steps.append(step)
             log.say(f"restart {len(failed_steps)} of {cfg.max_restarts}, from step {step}")
+
+
+def deaths():
+    """The exceptions that say that a Worker died or hangs. Ray itself kills a Worker where its node runs out of memory."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return RayActorError, OutOfMemoryError, PhaseTimeout
 
 
 def may_restart(failed_steps, step, max_restarts):
@@ -385,7 +390,6 @@ def may_restart(failed_steps, step, max_restarts):
 def run_once(cfg, argv, tasks, log, stop_request):
     """Start Ray and the Workers, train, save and export. Returns the exit code."""
     import ray
-    from ray.exceptions import RayActorError
 
     try:
         stop_request.shield_children()
@@ -405,7 +409,7 @@ def run_once(cfg, argv, tasks, log, stop_request):
         except Stopped:
             ending = f"stopped by {stop_request.signal.name}"
             code = 128 + stop_request.signal
-        except (RayActorError, PhaseTimeout):
+        except deaths():
             raise
         except Exception:
             save_what_is_whole(workers, log)

@@ -691,7 +691,8 @@ def worker_environment(cfg, on_gpu):
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # Threads that are not bound to cores: else two Workers would share the same ones.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // cfg.workers))
+        threads = max(1, os.cpu_count() // cfg.workers)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return environment
 
 

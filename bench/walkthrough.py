@@ -4,6 +4,11 @@
     python tools/export.py runs/walk 3
     python tools/export.py runs/walk 4
     python bench/walkthrough.py record runs/walk      docs/walkthrough/: step.npz and step.json
+
+    python launch.py configs/tiny.py --workers=2 --name=walk_4updates --policy_updates_per_step=4
+    python launch.py configs/tiny.py --workers=2 --name=walk_collapse --policy_lr=5e-3 --eval_every=-1      Ctrl-C after step 4
+    python bench/walkthrough.py rows runs/walk runs/walk_4updates runs/walk_collapse      docs/walkthrough/rows.json
+
     python bench/walkthrough.py write                 the blocks of numbers in docs/walkthrough.md
 
 In:   a run of the demo with its checkpoints of two steps exported.
@@ -152,6 +157,37 @@ def continuations(folder, tokenizer, prompt):
     return texts
 
 
+KEPT = (
+    "step",
+    "accuracy",
+    "response_tokens",
+    "cut_off",
+    "entropy",
+    "update_kl",
+    "approx_kl",
+    "clipfrac_low",
+    "clipfrac_high",
+    "grad_norm_policy",
+    "equal_groups",
+)
+
+
+def record_rows(runs):
+    """Write rows.json: run → the metrics of its steps that the page compares, and the first response of each step."""
+    recorded = {}
+    for run in runs:
+        rows = []
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            metrics = json.loads(line)
+            if metrics["step"] > 0:
+                row = {name: metrics[name] for name in KEPT}
+                samples = run / "samples" / f"step_{metrics['step']}.jsonl"
+                first = json.loads(samples.read_text().partition("\n")[0])
+                rows.append(row | {"first_response": first["response"]})
+        recorded[run.name] = rows
+    (FOLDER / "rows.json").write_text(json.dumps(recorded, indent=1) + "\n")
+
+
 # ---- The recorded step, as the training loop has it ---------------------------------------------------------------
 
 
@@ -159,6 +195,7 @@ def recorded_step():
     """The record as a namespace: batch (with values, advantages and returns), cfg, raw advantages, and step.json."""
     arrays = np.load(FOLDER / "step.npz")
     recorded = json.loads((FOLDER / "step.json").read_text())
+    rows = json.loads((FOLDER / "rows.json").read_text())
     samples = []
     token, response_token = 0, 0
     for i in range(len(arrays["prompt_lens"])):
@@ -194,6 +231,7 @@ def recorded_step():
         logprobs_after=arrays["logprobs_after"],
         entropies=arrays["entropies"],
         recorded=recorded,
+        rows=rows,
     )
 
 
@@ -421,6 +459,58 @@ def plan(step):
     return text
 
 
+def one_and_four_updates(step):
+    """Accuracy with one and with four policy updates a step, and what four updates look like in the metrics."""
+    one, four = step.rows["walk"], step.rows["walk_4updates"]
+    text = f"{'':>4}{'one update':>12}{'':>11}{'four updates':>14}\n"
+    text += f"{'step':>4}{'accuracy':>12}{'update_kl':>11}{'accuracy':>14}{'update_kl':>11}{'approx_kl':>11}{'clipfrac':>10}\n"
+    for n in (1, 2, 3, 4, 6, 8, 10, 20):
+        row, other = one[n - 1], four[n - 1]
+        clipped = other["clipfrac_low"] + other["clipfrac_high"]
+        text += f"{n:>4}{row['accuracy']:>12.1%}{row['update_kl']:>11.1e}{other['accuracy']:>14.1%}"
+        text += f"{other['update_kl']:>11.1e}{other['approx_kl']:>11.1e}{clipped:>10.1%}\n"
+    return text.rstrip()
+
+
+def stumble(step):
+    """The steps around one in which the run of this page lost accuracy for a moment."""
+    return metrics_table(step.rows["walk"][5:11])
+
+
+def collapse(step):
+    """A run with ten times the policy's learning rate."""
+    return metrics_table(step.rows["walk_collapse"])
+
+
+def metrics_table(rows):
+    names = (
+        "accuracy",
+        "update_kl",
+        "grad_norm_policy",
+        "entropy",
+        "response_tokens",
+        "cut_off",
+        "equal_groups",
+    )
+    formats = (".1%", ".1e", ".2f", ".3f", ".1f", ".1%", ".1%")
+    text = "step" + "".join(f"{name:>17}" for name in names) + "\n"
+    for row in rows:
+        text += f"{row['step']:>4}"
+        for name, form in zip(names, formats):
+            text += f"{row[name]:>17{form}}"
+        text += "\n"
+    return text.rstrip()
+
+
+def collapsed_responses(step):
+    """The first response of steps 1 to 4 of that run, cut to a line."""
+    lines = []
+    for row in step.rows["walk_collapse"][:4]:
+        shown = row["first_response"].replace("\n", "⏎")
+        lines.append(f"step {row['step']}  {shown[:90]}{' …' if len(shown) > 90 else ''}")
+    return "\n".join(lines)
+
+
 def memory(_):
     """What fills a GPU in each phase of a step of ORZ's 7B run, by the estimates of tools/plan.py."""
     cfg = load([str(ROOT / "configs" / "orz_7b.py")])
@@ -455,6 +545,10 @@ BLOCKS = (
     after_update,
     weight_change,
     trained,
+    one_and_four_updates,
+    stumble,
+    collapse,
+    collapsed_responses,
     memory,
 )
 
@@ -477,6 +571,8 @@ def with_blocks(page, step):
 def main(argv):
     if argv[:1] == ["record"] and len(argv) == 2:
         record(Path(argv[1]))
+    elif argv[:1] == ["rows"] and len(argv) > 1:
+        record_rows([Path(path) for path in argv[1:]])
     elif argv == ["write"]:
         PAGE.write_text(with_blocks(PAGE.read_text(encoding="utf-8"), recorded_step()), encoding="utf-8")
     else:

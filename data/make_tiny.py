@@ -18,6 +18,8 @@ column, and nothing in it says which of the two is better:
 A guess tosses a coin for every carry, so the text holds nothing that would tell a good guess from a bad one.
 Work contains slips of which each is rare, so the right step is always the likeliest, and practice can remove them.
 
+data/make_recurrence.py makes a task with longer answers by the functions of this file.
+
 The files of questions are the same on every machine. The weights are the same on one machine with one version of
 torch; another may round differently.
 """
@@ -46,18 +48,26 @@ SLIP = 0.035  # chance per column of a wrong sum, and again of a wrong carry
 NUM_TRAIN, NUM_EVAL = 4096, 512  # questions
 STEPS, LR, SEED = 2500, 2e-3, 1
 THREADS = 1  # the order of additions, and so the last digits of the weights, depends on it
+MAX_TOKENS = 512  # of a document
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+}
 
 EOS, UNKNOWN = "<|endoftext|>", "<unk>"
 WORDS = ["User:", "Assistant:", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", ", carry "]
 CHARACTERS = ["\n"] + [chr(code) for code in range(32, 127)]
 
 
-def make_tokenizer():
-    """One token for each of WORDS and for every other printable ASCII character; decoding gives the text back."""
-    vocabulary = {token: i for i, token in enumerate([EOS, UNKNOWN] + WORDS + CHARACTERS)}
+def make_tokenizer(words=WORDS):
+    """One token for each of the words and for every other printable ASCII character; decoding gives the text back."""
+    vocabulary = {token: i for i, token in enumerate([EOS, UNKNOWN] + words + CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    words = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in WORDS)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{words}|[\\s\\S]"), "isolated")
+    pattern = "|".join(word.replace("\\", "\\\\").replace("{", "\\{") for word in words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()  # the default would put a space between tokens
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -65,7 +75,7 @@ def make_tokenizer():
         pad_token=EOS,
         unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=MAX_TOKENS,
     )
 
 
@@ -106,15 +116,25 @@ def add_columns(a, b, rng, worked):
     return answer, "\n" + "".join(lines)
 
 
+def document(question, work, answer):
+    """(prompt, response): one document of pre-training text."""
+    response = f"{work}</think><answer>\\boxed{{{answer}}}</answer>{EOS}"
+    return PROMPT_TEMPLATE.format(question=question), response
+
+
 def write_documents(rng, worked, count):
-    """(prompt, response) pairs of pre-training text, on questions that neither file of questions holds."""
+    """Documents on questions that neither file of questions holds."""
     documents = []
     for _ in range(count):
         a, b = draw_pair(rng, "pretrain")
         answer, work = add_columns(a, b, rng, worked)
-        response = (work if worked else "") + f"</think><answer>\\boxed{{{answer}}}</answer>{EOS}"
-        documents.append((PROMPT_TEMPLATE.format(question=f"{a}+{b}"), response))
+        documents.append(document(f"{a}+{b}", work if worked else "", answer))
     return documents
+
+
+def write_batch(rng):
+    """The documents of one step, by kind. Those of one kind are about equally long, so that little is padding."""
+    return {"guess": write_documents(rng, False, GUESSED), "work": write_documents(rng, True, WORKED)}
 
 
 def make_questions():
@@ -145,44 +165,40 @@ def response_loss(model, tokenizer, documents):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-def pretrain(tokenizer, held_out):
-    """Train the base model from scratch on documents whose questions are not in held_out."""
+def pretrain(tokenizer, write_batch, num_steps, sizes):
+    """Train a base model from scratch: write_batch(rng) gives the documents of a step, `sizes` are Qwen2Config's."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=384,
-            max_position_embeddings=512,
+            max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
+            **sizes,
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=num_steps, pct_start=0.05)
     rng, start = random.Random(SEED + 1), time.time()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for step in range(1, STEPS + 1):
-        losses = []  # nats per response, of guesses and of work
-        for worked, count in ((False, GUESSED), (True, WORKED)):  # apart, so that little is padding
-            documents = write_documents(rng, worked, count)
-            assert not held_out & {pair_of(prompt) for prompt, _ in documents}
+    for step in range(1, num_steps + 1):
+        batch = write_batch(rng)
+        num_documents = sum(map(len, batch.values()))
+        losses = {}  # nats per response of each kind
+        for kind, documents in batch.items():
             loss = response_loss(model, tokenizer, documents)
-            (loss / (GUESSED + WORKED)).backward()
-            losses.append(loss.item() / count)
+            (loss / num_documents).backward()
+            losses[kind] = loss.item() / len(documents)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 100 == 0:
-            seconds = time.time() - start
-            print(f"step {step}  guess {losses[0]:.3f}  work {losses[1]:.3f}  {seconds:.0f} s", flush=True)
+            by_kind = "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
+            print(f"step {step}  {by_kind}  {time.time() - start:.0f} s", flush=True)
     return model
 
 
@@ -200,17 +216,31 @@ def as_llama(qwen2):
     return llama
 
 
+def save(model, tokenizer, folder):
+    """Write a Hugging Face folder."""
+    tokenizer.save_pretrained(folder)
+    config = (
+        folder / "tokenizer_config.json"
+    )  # with a class name that older versions of transformers know too
+    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    model.save_pretrained(folder)
+
+
 def main():
     OUT.mkdir(exist_ok=True)
     held_out = make_questions()
     tokenizer = make_tokenizer()
     for text in map("".join, write_documents(random.Random(0), True, 100)):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    model = as_llama(pretrain(tokenizer, held_out))
-    tokenizer.save_pretrained(OUT)
-    config = OUT / "tokenizer_config.json"  # with a class name that older versions of transformers know too
-    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    model.save_pretrained(OUT)
+
+    def write_unseen(rng):
+        batch = write_batch(rng)
+        for documents in batch.values():
+            assert not held_out & {pair_of(prompt) for prompt, _ in documents}
+        return batch
+
+    model = as_llama(pretrain(tokenizer, write_unseen, STEPS, SIZES))
+    save(model, tokenizer, OUT)
 
 
 if __name__ == "__main__":

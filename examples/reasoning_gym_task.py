@@ -3,7 +3,7 @@
     python -m pip install reasoning-gym==0.1.25
     python launch.py configs/qwen_0p5b_24gb.py --task=examples/reasoning_gym_task.py
 
-Correct is a score of 1. Many judges give wrong answers a little, for what they have in common with the right one.
+docs/own_task.md shows it on a model that is small enough for a CPU. Correct is a score of 1. Many judges give wrong answers a little, for what they have in common with the right one.
 """
 
 import reasoning_gym
@@ -11,8 +11,9 @@ import reasoning_gym
 from reward import extract_answer
 
 TASK = "chain_sum"
+SETTINGS = {"max_terms": 2, "max_digits": 2}  # of its generator; {} = the package's own, which are harder
 # Question i depends on seed + i, so the seeds must be further apart than a split has questions.
-SIZES, SEEDS = {"train": 20_000, "eval": 200}, {"train": 0, "eval": 10**9}
+SIZES, SEEDS = {"train": 20_000, "eval": 128}, {"train": 0, "eval": 10**9}
 
 REFUSED = {  # what their judges do with an answer, found by reading all of them
     "calls eval on it": "binary_matrix n_queens spiral_matrix string_insertion",
@@ -25,13 +26,16 @@ for reason, names in REFUSED.items():
     if TASK in names.split():
         raise ValueError(f"{TASK} is refused: with an answer of the model its judge {reason}")
 DATASETS = {
-    split: reasoning_gym.create_dataset(TASK, size=SIZES[split], seed=SEEDS[split]) for split in SIZES
+    split: reasoning_gym.create_dataset(TASK, size=SIZES[split], seed=SEEDS[split], **SETTINGS)
+    for split in SIZES
 }
+HELD_OUT = {entry["question"] for entry in DATASETS["eval"]}
 
 
 def questions(split):
     for i, entry in enumerate(DATASETS[split]):
-        yield {"question": entry["question"], "answer": str(entry["answer"]), "split": split, "index": i}
+        if split == "eval" or entry["question"] not in HELD_OUT:
+            yield {"question": entry["question"], "answer": str(entry["answer"]), "split": split, "index": i}
 
 
 def is_correct(response, question):

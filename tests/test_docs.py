@@ -69,6 +69,7 @@ FOLDERS = "configs|data|tools|tests|bench|docs|docker|examples"
 # Files in a folder of the project, or Python files beside launch.py. data/orz/ and models/ are made by data/prepare.py.
 FILES = re.compile(rf"(?<![\w./])(?!data/orz/)((?:{FOLDERS})/[\w./]*\w\.\w+|\w+\.py)\b")
 OF_THE_READER = {"mine.py", "longer.py", "sums.py", "make_sums.py", "task.py"}  # examples
+OF_THE_READER |= {"bonus.py", "boxed.py", "smollm3.py"}  # made by patches in docs/forks
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -85,7 +86,9 @@ def test_files_that_are_named_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_of_commands_exist(page):
     """A command on a page ends in "unknown setting"."""
-    known = read_file(BASE)
+    known = set(read_file(BASE))
+    for patch in (ROOT / "docs/forks").glob("*.patch"):  # Some bring a setting of their own.
+        known.update(re.findall(r"^\+([a-z]\w*) = ", patch.read_text(encoding="utf-8"), re.MULTILINE))
     commands = re.findall(r"launch\.py[^\n|]*", page.read_text(encoding="utf-8"))
     for command in commands:
         for key in re.findall(r"--(\w+)=", command):

@@ -1,9 +1,14 @@
-"""docs/forking.md: the lines that it tells a fork to change fit the code, and do what the page says."""
+"""docs/forks: each patch fits today's code, stands on docs/forking.md, is clean for CI, and does what the page says."""
 
 import copy
+import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,39 +16,140 @@ import pytest
 import test_ppo
 import tiny_models
 import torch
+from transformers import AutoTokenizer
 
 import model
 import ppo
-from configs.load import ROOT
+from configs.load import ROOT, load
 
 PAGE = (ROOT / "docs" / "forking.md").read_text(encoding="utf-8")
+PATCHES = {path.stem: path for path in sorted((ROOT / "docs" / "forks").glob("*.patch"))}
+EIGHT = [  # of the page's table
+    "opo",
+    "cispo",
+    "format_bonus",
+    "solved_prompts",
+    "reward_model",
+    "two_turns",
+    "lion",
+    "chat_family",
+]
+# What is no part of the project, or too large to be copied.
+NOT_COPIED = (".git", ".venv*", "runs", "models", "orz", "__pycache__", ".*_cache", ".hypothesis")
 
 
-def changed_source(title, file):
-    """The source of a file with the change under this title of the page."""
-    (diff,) = re.findall(rf"\*\*{re.escape(title)}\*\*.*?```diff\n(.*?)```", PAGE, re.DOTALL)
-    lines = diff.splitlines(keepends=True)
-    old = "".join(line[1:] for line in lines if line[0] in " -")
-    new = "".join(line[1:] for line in lines if line[0] in " +")
-    source = (ROOT / file).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{title}: its lines are not in {file}"
-    return source.replace(old, new)
+def apply(name, folder, *options):
+    """Whether `git apply` takes this patch in the folder."""
+    done = subprocess.run(["git", "apply", *options, PATCHES[name]], cwd=folder, capture_output=True)
+    return done.returncode == 0
 
 
-def fork(title):
-    """ppo.py as a module, with the change under this title."""
-    module = types.ModuleType(f"ppo_with_{title}")
-    exec(compile(changed_source(title, "ppo.py"), title, "exec"), vars(module))
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A copy of the project. Where it is a fork itself, those of the patches that it has applied are taken out."""
+    folder = tmp_path_factory.mktemp("clean") / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    for name in PATCHES:
+        if not apply(name, folder, "--check"):
+            apply(name, folder, "--reverse")
+    return folder
+
+
+@pytest.fixture
+def fork(clean, tmp_path):
+    """A function that makes a copy of the clean project with these patches applied."""
+
+    def make(*names):
+        for name in names:
+            if name not in PATCHES:
+                pytest.skip(f"docs/forks/{name}.patch was removed")
+        folder = tmp_path / "fork"
+        shutil.copytree(clean, folder)
+        for name in names:
+            way_out = "remove it, if the reason is a change of your own; else bring it up to date"
+            assert apply(name, folder), f"docs/forks/{name}.patch does not fit this code: {way_out}"
+        return folder
+
+    return make
+
+
+def module_of(folder, file):
+    """A file of a fork, as a module; what it imports is the project's own."""
+    module = types.ModuleType(f"{Path(file).stem}_of_a_fork")
+    exec(compile((folder / file).read_text(encoding="utf-8"), file, "exec"), vars(module))
     return module
 
 
-def test_cispo():
+def changed_lines(patch):
+    """The lines that a patch adds and removes, without blank ones."""
+    lines = re.findall(r"^[+-](?!\+\+ |-- )(.*)$", patch, re.MULTILINE)
+    return [line for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patch_fits_and_is_on_the_page(name, fork, clean):
+    """The code moved on, and the patch fits nowhere, or in two places; or the page shows another one."""
+    fork(name)
+    patch = PATCHES[name].read_text(encoding="utf-8")
+    assert f"```diff\n{patch}```\n" in PAGE
+    for file, hunks in re.findall(
+        r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=--- |\Z)", patch, re.MULTILINE
+    ):
+        source = (clean / file).read_text(encoding="utf-8")
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            old = "".join(line[1:] for line in lines if line[0] != "+")
+            assert source.count(old) == 1, f"{file} has not once:\n{old}"
+
+
+def test_the_table_counts_what_the_patches_change():
+    """The page says 9 lines, and the patch has grown to 30."""
+    for name in set(EIGHT) & set(PATCHES):
+        patch = PATCHES[name].read_text(encoding="utf-8")
+        num_lines, num_files = len(changed_lines(patch)), len(re.findall(r"^\+\+\+ ", patch, re.MULTILINE))
+        assert num_lines <= 15 and num_files <= 2
+        assert f"forks/{name}.patch) | {num_lines} in {num_files} |" in PAGE
+
+
+def test_the_eight_together_are_clean_and_pass_the_tests_of_the_algorithm(fork):
+    """Patches that collide; a line that the formatter wraps, so that its rule is lost; a name that the linter refuses."""
+    folder = fork(*EIGHT)
+    ruff = Path(sys.executable).parent / "ruff"
+    if ruff.exists():
+        for command in (["format", "--check", "."], ["check", "."]):
+            done = subprocess.run([ruff, *command, "--no-cache"], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+    tests = ["tests/test_ppo.py", "tests/test_configs.py", "-k", "advantage or loss or setting and not torch"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+
+
+# ---- The eight ---------------------------------------------------------------------------------------------------
+
+
+def test_opo(fork):
+    """Long responses weigh no more than short ones, the weights are another group's, or the advantages are fp64."""
+    changed = module_of(fork("opo"), "ppo.py")
+    rewards, lens = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]], [[2, 5, 1], [4, 0, 3]]
+    advantages = changed.GROUP_ADVANTAGES["opo"](np.array(rewards, np.float32), np.array(sum(lens, [])))
+    expected = []
+    for group, group_lens in zip(rewards, lens):
+        weighted_sum = sum(length * reward for length, reward in zip(group_lens, group))
+        for length, reward in zip(group_lens, group):
+            expected += [reward - weighted_sum / sum(group_lens)] * length
+    assert advantages.dtype == np.float32
+    np.testing.assert_allclose(advantages, expected, atol=1e-6)
+
+
+def test_cispo(fork):
     """Tokens over the clip lose their gradient, as in PPO; or the weight has one of its own."""
+    changed = module_of(fork("cispo"), "ppo.py")
     ratios = torch.tensor([0.5, 1.0, 1.19, 1.3, 3.0], dtype=torch.float64)
     advantages = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0], dtype=torch.float64)
     old_logprobs = torch.linspace(-2, -0.5, 5, dtype=torch.float64)
     logprobs = (old_logprobs + ratios.log()).requires_grad_()
-    loss, _ = fork("CISPO").policy_loss(logprobs, old_logprobs, advantages, 0.2, 0.28)
+    loss, _ = changed.cispo_loss(logprobs, old_logprobs, advantages, 0.2, 0.28)
     loss.sum().backward()
     for t in range(5):
         weight = min(ratios[t].item(), 1.28)
@@ -51,9 +157,66 @@ def test_cispo():
         assert logprobs.grad[t].item() == pytest.approx(-weight * advantages[t].item())
 
 
-def test_gspo(tmp_path):
+FORMS = {  # response → whether it has the form
+    "2+2\n</think> <answer>4</answer>": True,
+    "2+2</think><answer>4</answer>\n": True,
+    " \n</think><answer>4</answer>": False,
+    "2+2</think><answer>4": False,
+    "2+2</think> so <answer>4</answer>": False,
+    "2+2</think><answer>4</answer> and more": False,
+}
+
+
+def test_format_bonus(fork):
+    """A wrong answer in form gets nothing, a right one without form the bonus, or one that was cut off."""
+    bonus = module_of(fork("format_bonus"), "examples/bonus.py")
+    for response, has_form in FORMS.items():
+        for correct in (False, True):
+            assert bonus.reward(response, {}, correct, "stop") == pytest.approx(correct + 0.2 * has_form)
+        assert bonus.reward(response, {}, False, "length") == 0
+
+
+def test_two_turns(fork, tmp_path):
+    """The earlier turns are left out, come after the question, or a question without them fails."""
+    changed = module_of(fork("two_turns"), "data/load.py")
+    path = Path(tiny_models.make_model(tmp_path / "model"))
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    row = {"question": "2+2", "answer": "4"}
+    for entry, before in ((row | {"history": turns}, "[user] 1+1\n[assistant] 2\n"), (row, "")):
+        file = tmp_path / "questions.jsonl"
+        file.write_text(json.dumps(entry))
+        (prompt,), _ = changed.encode_prompts(changed.load_questions(str(file)), tokenizer, 100)
+        expected = tokenizer(f"{before}[user] 2+2\n", add_special_tokens=False)["input_ids"]
+        assert prompt.ids.tolist() == expected
+
+
+def test_chat_family(fork):
+    """The config does not load, or an answer without tags, or with them, is not found."""
+    folder = fork("chat_family")
+    cfg = load([str(folder / "configs/smollm3.py"), f"--task={folder}/examples/boxed.py"])
+    assert (cfg.prompt_template, cfg.stop, cfg.advantage) == ("chat", [], "gae")
+    boxed = module_of(folder, "examples/boxed.py")
+    question = {"answer": "1/2", "choices": None}
+    verdicts = {
+        r"So it is \boxed{0.5}.": True,
+        r"\boxed{0.5}, no: \boxed{2}": False,
+        r"<answer>\boxed{\frac12}</answer>": True,
+        "0.5": False,
+    }
+    for response, correct in verdicts.items():
+        assert boxed.is_correct(response, question) == correct, response
+
+
+# ---- Variants ----------------------------------------------------------------------------------------------------
+
+
+def test_gspo(fork, tmp_path):
     """A ratio per token, a mean over the whole pack, or clipping by tokens."""
-    path = tiny_models.make_model(tmp_path)
+    path = tiny_models.make_model(tmp_path / "model")
     cfg = test_ppo.settings_with(
         clip_eps=0.05, clip_eps_high=0.1, loss_average="response", policy_updates_per_step=2
     )
@@ -76,7 +239,7 @@ def test_gspo(tmp_path):
         expected += [-min(ratio * advantage, clipped * advantage) / length] * length
         start += length
     learner = SimpleNamespace(cfg=cfg, device="cpu", engine=network)
-    changed = fork("GSPO").Learner
+    changed = module_of(fork("gspo"), "ppo.py").Learner
     learner.vary_loss = types.MethodType(changed.vary_loss, learner)
     loss, _ = changed.policy_terms(learner, batch, [0, 1, 2, 3], is_first=True)
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-4)
@@ -85,9 +248,10 @@ def test_gspo(tmp_path):
     assert not np.allclose(plain.detach().numpy(), expected, rtol=1e-2)
 
 
-def test_lambda_by_length():
+def test_lambda_by_length(fork):
     """The returns, whose λ is 1, change with the advantages; or a short response gets a negative λ."""
-    lengths, gae = [30, 5, 100], fork("λ by length").gae
+    gae = module_of(fork("length_lambda"), "ppo.py").gae
+    lengths = [30, 5, 100]
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=(2, 135))
     advantages, _ = gae(rewards, values, lengths, 1.0, 0.95)
@@ -101,11 +265,9 @@ def test_lambda_by_length():
         assert np.array_equal(same, plain)
 
 
-def test_batch_invariance():
+def test_batch_invariance(fork):
     """The variable is set where there is no GPU, or nowhere."""
-    environment = types.ModuleType("workers_with_batch_invariance")
-    source = changed_source("Batch-invariant sampling", "workers.py")
-    exec(compile(source, "workers", "exec"), vars(environment))
+    changed = module_of(fork("batch_invariant"), "workers.py")
     cfg = SimpleNamespace(**copy.copy(vars(test_ppo.settings_with())))
-    assert environment.worker_environment(cfg, on_gpu=True)["VLLM_BATCH_INVARIANT"] == "1"
-    assert "VLLM_BATCH_INVARIANT" not in environment.worker_environment(cfg, on_gpu=False)
+    assert changed.worker_environment(cfg, on_gpu=True)["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_BATCH_INVARIANT" not in changed.worker_environment(cfg, on_gpu=False)

@@ -389,7 +389,7 @@ def group_advantage_as_written(name, rewards, i, group_size):
     return float(rewards[i]) - mean
 
 
-@pytest.mark.parametrize("name", ppo.GROUP_ADVANTAGES)
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce"])
 def test_group_advantages_against_loops(name):
     """GRPO with ORZ's defect (divided by True), with groups mixed up, or with the mean over all questions."""
     rng = np.random.default_rng(3)
@@ -409,6 +409,15 @@ def test_group_advantages_against_loops(name):
     assert metrics == {"advantage_abs": pytest.approx(np.abs(expected).mean(), rel=1e-5)}
     equal = batch.advantages[lens[:4].sum() : lens[:8].sum()]
     assert name == "reinforce" or (equal == 0).all()  # whose mean over tokens is another
+
+
+@pytest.mark.parametrize("name", ppo.GROUP_ADVANTAGES)
+def test_group_advantages_have_a_number_for_every_token(name):
+    """One that a fork has added returns fp64, an advantage for each response, or NaN for a group that agrees."""
+    groups = np.array([[1, 0, 0.5], [1, 1, 1]], np.float32)
+    advantages = ppo.GROUP_ADVANTAGES[name](groups, np.array([2, 0, 3, 1, 4, 2]))
+    assert advantages.dtype == np.float32 and advantages.shape == (12,)
+    assert np.isfinite(advantages).all()
 
 
 def test_group_advantages_are_those_that_a_config_may_name():
