@@ -9,7 +9,7 @@ networks are in the Workers, one process per GPU (workers.py), and each call of 
                                                        ▲                                                         │
                                                        └──────────────── evaluate, log, save ◄───────────────────┘
 
-In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
+In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, report.html, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
@@ -71,6 +71,7 @@ def train(cfg, workers, tasks, log):
 
     if cfg.eval_every > 0 and workers.step == 0:
         log.step({"step": 0, "eval": evaluate(cfg, workers, tasks, log, step=0)} | workers.take_seconds())
+        log.report()
 
     for step in range(workers.step + 1, cfg.steps + 1):
         # Generate: samples_per_prompt responses to each of this step's prompts, graded as they finish.
@@ -124,6 +125,7 @@ def train(cfg, workers, tasks, log):
             log.lines(f"step_{step}", [sample.line for sample in samples])
         if "eval" in metrics:
             log.curves()
+            log.report()
         workers.finish_step()
         if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
             workers.save()
@@ -358,14 +360,12 @@ def load_data(cfg):
 
 def run_with_restarts(cfg, argv, tasks, log):
     """Run, and run again from the newest checkpoint after the death of a Worker or a time limit. Returns the exit code."""
-    from ray.exceptions import RayActorError
-
     stop_request = StopRequest()
     failed_steps = []  # the newest checkpoint at each death
     while True:
         try:
             return run_once(cfg, argv, tasks, log, stop_request)
-        except (RayActorError, PhaseTimeout) as error:
+        except deaths() as error:
             report(error, log)
             step = newest_whole_checkpoint(cfg, log)
             # A signal may have ended the Workers along with this process.
@@ -373,6 +373,13 @@ def run_with_restarts(cfg, argv, tasks, log):
                 return os.EX_TEMPFAIL
             failed_steps.append(step)
             log.say(f"restart {len(failed_steps)} of {cfg.max_restarts}, from step {step}")
+
+
+def deaths():
+    """The exceptions that say that a Worker died or hangs. Ray itself kills a Worker where its node runs out of memory."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return RayActorError, OutOfMemoryError, PhaseTimeout
 
 
 def may_restart(failed_steps, step, max_restarts):
@@ -383,7 +390,6 @@ def may_restart(failed_steps, step, max_restarts):
 def run_once(cfg, argv, tasks, log, stop_request):
     """Start Ray and the Workers, train, save and export. Returns the exit code."""
     import ray
-    from ray.exceptions import RayActorError
 
     try:
         stop_request.shield_children()
@@ -403,7 +409,7 @@ def run_once(cfg, argv, tasks, log, stop_request):
         except Stopped:
             ending = f"stopped by {stop_request.signal.name}"
             code = 128 + stop_request.signal
-        except (RayActorError, PhaseTimeout):
+        except deaths():
             raise
         except Exception:
             save_what_is_whole(workers, log)

@@ -1,6 +1,7 @@
-"""Values on repeated text, ORZ's Figure 5 in miniature: python bench/repetition.py runs/NAME STEP --critic=FOLDER
+"""Values on repeated text, ORZ's Figure 5 in miniature: python bench/repetition.py runs/NAME eval_SET_0 --critic=FOLDER
 
-In:   samples/step_STEP.jsonl of a run, and the folder of a critic: runs/NAME/critic, or critic_step_N as tools/export.py makes it.
+In:   a file of samples/ of a run, such as step_4 or eval_SET_0, and the folder of a critic: that of a finished run, or
+      critic_step_N as tools/export.py makes it.
 Out:  docs/repetition.json and docs/repetition.png.
 
 A token is **repeated** if it ends a window of WINDOW tokens that has stood in the same response before. Three questions:
@@ -195,16 +196,21 @@ def draw(numbers, lines, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("step", type=int)
+    parser.add_argument("samples", help="a file of samples/ in the run, such as step_4 or eval_SET_0")
     parser.add_argument("--critic", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=DOCS / "repetition")
     options = parser.parse_args()
     cfg = SimpleNamespace(**json.loads((options.run / "config.json").read_text()))
-    if cfg.advantage != "gae":
-        sys.exit(f"error: {options.run} has no critic: its advantage is {cfg.advantage}")
-    batch, samples = read_batch(options.run / "samples" / f"step_{options.step}.jsonl")
+    cfg.advantage = "gae"  # The critic may be another run's.
+    if options.samples.startswith("eval_"):
+        cfg.samples_per_prompt = cfg.eval_samples
+    batch, samples = read_batch(options.run / "samples" / f"{options.samples}.jsonl")
     values = values_of(batch, options.critic, cfg)
     numbers, lines = compare(batch, samples, values, cfg)
+    if not numbers["repeated_tokens"]:
+        sys.exit(
+            f"error: no response of {options.samples} repeats {WINDOW} tokens: take samples of another step"
+        )
     draw(numbers, lines, options.out.with_suffix(".png"))
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True

@@ -52,7 +52,7 @@ METRICS = {
 
 def settings(tmp_path, **more):
     own = {"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, "steps": 20, "eval_samples": 8}
-    own |= {"task": "", "wandb": False}
+    own |= {"task": "", "wandb": False, "report_samples": 0}
     return SimpleNamespace(**own | more)
 
 
@@ -174,6 +174,30 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
     assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
     assert plot.main([str(run.dir.parent / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    "rewards, limits", [((0.2, 0.9), (-0.02, 1.02)), ((0.2, 1.2), None), ((-5.0, -1.0), None)]
+)
+def test_curves_of_rewards_beyond_0_and_1(run, monkeypatch, rewards, limits):
+    """A task's bonus of 0.2 took the curve out of the picture where the run was at its best."""
+    from matplotlib.figure import Figure
+
+    axes = {}
+
+    def look(figure, path, **_):
+        axes.update({axis.get_title(): axis for axis in figure.axes})
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    for step, reward in enumerate(rewards, start=1):
+        run.step(METRICS | {"step": step, "reward": reward, "v_loss": 3 * reward**2, "explained_var": -7.0})
+    plot.main([str(run.dir)])
+    lowest, highest = axes["Reward"].get_ylim()
+    assert lowest < min(rewards) and highest > max(rewards) and lowest < 0 and highest > 1
+    assert limits in (None, (lowest, highest))
+    lowest, highest = axes["Critic"].get_ylim()
+    assert lowest == -1 and highest > 3 * max(reward**2 for reward in rewards)
 
 
 # ---- The tables ----------------------------------------------------------------------------------------------------

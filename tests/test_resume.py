@@ -266,6 +266,14 @@ def test_a_hung_worker(tmp_path, undisturbed):
     check_same(tmp_path / "a", undisturbed)
 
 
+def test_a_worker_that_ray_kills_for_memory(tmp_path, monkeypatch):
+    """Guards against taking that for an error of the program: where a node was full for a moment, the run ended for good."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # of the node's memory: every Worker is over it
+    code, out, err = run(tmp_path, "--name=a", *RUN)
+    assert code == os.EX_TEMPFAIL and out.count("error: OutOfMemoryError") == 2, out + err
+    assert out.count("\nrestart 1 of 100, from step 0") == 1
+
+
 @pytest.mark.soak
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
 def test_a_full_disk(tmp_path, undisturbed):

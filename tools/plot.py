@@ -39,10 +39,16 @@ def draw(runs, out):
                 draw_curve(axis, rows, name, label)
         if axis.lines:
             axis.legend(fontsize=8)
-    for share in (axes[0, 0], axes[0, 2], axes[1, 2]):
+    for share in (axes[0, 2], axes[1, 2]):
         share.set_ylim(-0.02, 1.02)
     axes[0, 1].set_ylim(bottom=0)
-    axes[1, 1].set_ylim(-1, 1)  # The explained variance of an untrained critic can be far below 0.
+    # The rewards of a task file, and with them the critic's loss, may leave 0 to 1.
+    lowest, highest = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(min(lowest, -0.02), max(highest, 1.02))
+    highest = axes[1, 1].get_ylim()[1]
+    axes[1, 1].set_ylim(
+        -1, max(highest, 1)
+    )  # The explained variance of an untrained critic can be far below 0.
     figure.savefig(f"{out}.tmp", format="png", dpi=110)
     os.replace(f"{out}.tmp", out)
 
