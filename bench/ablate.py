@@ -209,7 +209,9 @@ def is_recorded(run):
     record = read_records(run.ablation).get(run.name)
     if record is None:
         return False
-    differing = [key for key, value in run.settings.items() if record["settings"].get(key) != value]
+    settings, recorded = run.settings, record["settings"]
+    # A setting that is younger than the record is off by default, and changes nothing.
+    differing = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if differing:
         file = record_file(run.ablation).relative_to(ROOT)
         sys.exit(

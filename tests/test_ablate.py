@@ -64,6 +64,10 @@ def test_records_are_kept_and_not_made_again(ablate):
     )
     steps, values = ablate.curves(ablate.read_records("lam"), "lam_0.95", "eval/eval/accuracy")
     assert steps == [0, 1] and values.tolist() == [[0.1, 0.75], [0.1, 0.5]]
+    older = record_of(first, [0.1])
+    del older["settings"]["importance_cap"]  # as if this setting had come later
+    ablate.write_record(first, older)
+    assert ablate.is_recorded(first)
     changed = record_of(first, [0.1])
     changed["settings"]["lam"] = 0.9
     ablate.write_record(first, changed)
