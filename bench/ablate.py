@@ -42,10 +42,14 @@ POLL_SECONDS = 3
 BASELINE = "baseline"
 ABLATIONS = {
     BASELINE: {BASELINE: {}},
-    "lam": {"lam_0.95": {"lam": 0.95, "critic_lam": 0.95}},  # ORZ has one λ for both.
+    "lam": {
+        "lam_0.95": {"lam": 0.95, "critic_lam": 0.95},  # ORZ has one λ for both.
+        "lam_0.95_policy_only": {"lam": 0.95},
+    },
     "advantage": {
         "reinforce": {"advantage": "reinforce"},
         "grpo": {"advantage": "grpo", "loss_average": "response"},
+        "grpo_token_average": {"advantage": "grpo"},
         "rloo": {"advantage": "rloo"},
     },
     "kl": {
