@@ -9,7 +9,7 @@ networks are in the Workers, one process per GPU (workers.py), and each call of 
                                                        ▲                                                         │
                                                        └──────────────── evaluate, log, save ◄───────────────────┘
 
-In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
+In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, report.html, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
@@ -71,6 +71,7 @@ def train(cfg, workers, tasks, log):
 
     if cfg.eval_every > 0 and workers.step == 0:
         log.step({"step": 0, "eval": evaluate(cfg, workers, tasks, log, step=0)} | workers.take_seconds())
+        log.report()
 
     for step in range(workers.step + 1, cfg.steps + 1):
         # Generate: samples_per_prompt responses to each of this step's prompts, graded as they finish.
@@ -124,6 +125,7 @@ def train(cfg, workers, tasks, log):
             log.lines(f"step_{step}", [sample.line for sample in samples])
         if "eval" in metrics:
             log.curves()
+            log.report()
         workers.finish_step()
         if step == cfg.steps or (cfg.save_every > 0 and step % cfg.save_every == 0):
             workers.save()

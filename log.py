@@ -1,4 +1,4 @@
-"""A run's folder and what a run prints: metrics.jsonl, TensorBoard, samples, curves.png, the table of steps.
+"""A run's folder and what a run prints: metrics.jsonl, TensorBoard, samples, curves.png, report.html, the table of steps.
 
 In:   the settings, and for each step a dict of metrics, in which None is a number that does not exist.
 Out:  files in out_dir/NAME, which is made here, and lines of at most 110 columns on the terminal.
@@ -6,6 +6,7 @@ Out:  files in out_dir/NAME, which is made here, and lines of at most 110 column
 The terminal shows the metrics that a person watches. metrics.jsonl holds all of them.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -19,7 +20,6 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ RUN_VERSION = 2
 RECORDED = ("versions", "commit", "content")
 
 HEADER_EVERY = 20  # steps
+REPORT_SECONDS = 60  # that a finished run waits for its last report; a run that is told to stop does not wait
 WANDB = "Weights & Biases"
 
 
@@ -122,6 +123,7 @@ class Log:
         self.dir = Path(cfg.out_dir) / cfg.name
         self.tensorboard = None  # opened by cut()
         self.wandb = None  # opened by cut()
+        self.report_process = None  # that makes report.html
         self.drift_means = []  # of the steps so far
         self.first_step = None  # of this process
         self.first_step_end = None  # in seconds of time.monotonic()
@@ -211,7 +213,7 @@ class Log:
                 scores[row["step"]] = statistics.mean(result["accuracy"] for result in row["eval"].values())
         return max(scores, key=scores.get, default=None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def best_effort(self, what, errors=OSError):
         """Let a failed write of something that training does not need pass: it is said once, and counted."""
         try:
@@ -299,6 +301,40 @@ class Log:
         """
         with self.best_effort("curves.png"):
             subprocess.run([sys.executable, TOOLS / "plot.py", self.dir], process_group=0)
+
+    def report(self):
+        """Begin to make report.html anew, in a process of its own that the run does not wait for (tools/report.py).
+
+        One that is still at work would show less than the new one, and is ended.
+        """
+        if self.cfg.report_samples == 0:
+            return
+        self.check_report()
+        self.end_report()
+        with self.best_effort("report.html"):
+            command = ["nice", "-n", "5", sys.executable, TOOLS / "report.py", self.dir]
+            with open(self.dir / "logs" / "report.log", "a") as output:
+                self.report_process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+
+    def check_report(self, seconds=0):
+        """Wait so long for a report that is being made, and say where it has failed."""
+        if self.report_process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.report_process.wait(seconds)
+            with self.best_effort("report.html"):
+                if code != 0:
+                    raise OSError(f"exit code {code}, see {self.dir}/logs/report.log")
+            self.report_process = None
+
+    def end_report(self):
+        """End the process of a report that is still being made, and remove what it has written so far."""
+        if self.report_process is not None:
+            self.report_process.kill()
+            self.report_process.wait()
+            unfinished = self.dir / f"report.html.{self.report_process.pid}.tmp"
+            unfinished.unlink(missing_ok=True)
+            self.report_process = None
 
     # ---- The terminal ------------------------------------------------------------------------------------------
 
@@ -405,9 +441,12 @@ class Log:
         self.say(f"\n{ending}{reached}: {minutes:.1f} minutes of work", bold=True)
         for name, accuracies in first_and_last_accuracy(rows).items():
             self.say(f"  accuracy on {name}: {accuracies}")
+        self.check_report(REPORT_SECONDS if ending == "done" else 0)
         for what, count in self.failed_writes.items():
             self.say(f"  {what} could not be written {count} times")
         self.say(f"  all of it is in {self.dir}")
+        if (self.dir / "report.html").exists():
+            self.say("  report.html there shows it: open it in a browser")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
         program = [sys.orig_argv[0], short_path(ROOT / "launch.py")]

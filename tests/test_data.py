@@ -380,6 +380,43 @@ def test_the_demo_is_measured_on_what_it_has_not_seen(tmp_path, monkeypatch):
     assert len(pretrained) > 4000 and not pretrained & held_out
 
 
+def test_the_recurrence_is_measured_on_what_it_has_not_seen(tmp_path):
+    """As for the demo. The reference answers are those of the rule, and no document of pre-training holds a question."""
+    import data.make_recurrence as make_recurrence
+
+    make_recurrence.write_questions(tmp_path)
+    seen = set()
+    for name, count in (("train", 512), ("eval", 128)):
+        text = (ROOT / f"data/recurrence/{name}.jsonl").read_text()
+        assert (tmp_path / f"{name}.jsonl").read_text() == text
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert len(rows) == count
+        for row in rows:
+            num_steps, x = map(int, re.findall(r"\d+", row["question"]))
+            for _ in range(num_steps):
+                x = (21 * x + 7) % 100
+            assert int(row["answer"]) == x
+            seen.add(row["question"])
+    assert len(seen) == 512 + 128
+    rng, questions = random.Random(0), make_recurrence.split_questions()["pretrain"]
+    for kind in make_recurrence.DOCUMENTS:
+        documents = [make_recurrence.write_document(rng, kind, questions) for _ in range(1000)]
+        asked = {re.search("User: (.*)\n", prompt)[1] for prompt, _ in documents}
+        assert len(asked) > 200 and not asked & seen
+
+
+def test_a_check_of_the_recurrence_is_right_more_often_than_work():
+    """The last line of a step does not count, or a check that loops answers after all: then longer answers gain nothing."""
+    import data.make_recurrence as make_recurrence
+
+    rng, num_right = random.Random(0), {}
+    for kind in ("work", "check"):
+        answers = [getattr(make_recurrence, kind)(14, 37, rng)[1] for _ in range(2000)]
+        assert (None in answers) == (kind == "check")
+        num_right[kind] = answers.count(make_recurrence.answer_to(14, 37))
+    assert 700 < num_right["work"] < 1000 and 1300 < num_right["check"] < 1600
+
+
 # ---- Order ---------------------------------------------------------------------------------------------------------
 
 

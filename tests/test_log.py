@@ -52,7 +52,7 @@ METRICS = {
 
 def settings(tmp_path, **more):
     own = {"out_dir": str(tmp_path / "runs"), "name": "a", "seed": 1, "steps": 20, "eval_samples": 8}
-    own |= {"task": "", "wandb": False}
+    own |= {"task": "", "wandb": False, "report_samples": 0}
     return SimpleNamespace(**own | more)
 
 
