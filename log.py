@@ -36,7 +36,7 @@ RUN_VERSION = 2
 RECORDED = ("versions", "commit", "content")
 
 HEADER_EVERY = 20  # steps
-REPORT_SECONDS = 60  # that a run waits at its end for its last report
+REPORT_SECONDS = 60  # that a finished run waits for its last report; a run that is told to stop does not wait
 WANDB = "Weights & Biases"
 
 
@@ -312,7 +312,7 @@ class Log:
         self.check_report()
         self.end_report()
         with self.best_effort("report.html"):
-            command = ["nice", "-n", "10", sys.executable, TOOLS / "report.py", self.dir]
+            command = ["nice", "-n", "5", sys.executable, TOOLS / "report.py", self.dir]
             with open(self.dir / "logs" / "report.log", "a") as output:
                 self.report_process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
 
@@ -441,7 +441,7 @@ class Log:
         self.say(f"\n{ending}{reached}: {minutes:.1f} minutes of work", bold=True)
         for name, accuracies in first_and_last_accuracy(rows).items():
             self.say(f"  accuracy on {name}: {accuracies}")
-        self.check_report(REPORT_SECONDS)
+        self.check_report(REPORT_SECONDS if ending == "done" else 0)
         for what, count in self.failed_writes.items():
             self.say(f"  {what} could not be written {count} times")
         self.say(f"  all of it is in {self.dir}")

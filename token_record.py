@@ -39,8 +39,7 @@ def record_step(cfg, workers, tasks, log, step, prompts, samples, batch):
     from packing import plan_samples
 
     rng = rng_for(cfg.seed, step, "report")
-    chosen = rng.permutation(len(samples))[: cfg.report_samples]
-    rows = np.sort(chosen)  # [B]
+    rows = choose(len(samples), cfg.report_samples, rng)  # [B]
     few = part_of_batch(batch, samples, rows)
     everything = range(len(rows))
     plan = plan_samples(few, everything, cfg, tasks.hidden_size)
@@ -57,13 +56,19 @@ def record_evaluation(cfg, tasks, log, name, step, samples):
     with log.best_effort("tokens/", Exception):
         prompts = tasks.eval[name]
         rng = rng_for(cfg.seed, "report", name)  # without the step: always the same questions
-        chosen = rng.permutation(len(prompts))[: cfg.report_samples]
-        rows = np.sort(chosen) * cfg.eval_samples  # [B]
+        questions = choose(len(prompts), cfg.report_samples, rng)  # [B]
+        rows = questions * cfg.eval_samples
         arrays = describe_responses(rows, prompts, samples, tasks.tokenizer)
         arrays["question_accuracy"] = question_accuracy(samples, cfg.eval_samples, rows)
         logprobs = [samples[row].logprobs for row in rows]
         arrays["sampler_logprobs"] = half(np.concatenate(logprobs))
         write(log.dir / "tokens", f"eval_{name}_{step}", arrays)
+
+
+def choose(count, most, rng):
+    """At most `most` of the numbers from 0 to count − 1, in their order."""
+    shuffled = rng.permutation(count)
+    return np.sort(shuffled[:most])
 
 
 def part_of_batch(batch, samples, rows):
@@ -88,10 +93,11 @@ def describe_responses(rows, prompts, samples, tokenizer):
     """The arrays that training and evaluation have in common, of the samples in these rows."""
     chosen = [samples[row] for row in rows]
     token_ids = [sample.response_ids for sample in chosen]
+    lengths = [len(ids) for ids in token_ids]
     return {
         "rows": np.asarray(rows, np.int32),
         "prompt_indices": per_sample(chosen, "prompt_index", np.int32),
-        "response_lens": np.array([len(ids) for ids in token_ids], np.int32),
+        "response_lens": np.array(lengths, np.int32),
         "rewards": per_sample(chosen, "reward", np.float32),
         "correct": per_sample(chosen, "correct", bool),
         "token_ids": np.concatenate(token_ids),
@@ -108,14 +114,21 @@ def per_sample(samples, field, dtype):
 def question_accuracy(samples, group_size, rows):
     """The share of right responses to the question that each of these rows answers, fp32 [B]."""
     correct = per_sample(samples, "correct", np.float32)
-    accuracy = correct.reshape(-1, group_size).mean(axis=1)  # [questions]
+    groups = correct.reshape(-1, group_size)  # [questions, G]
+    accuracy = groups.mean(axis=1)
     return accuracy[rows // group_size]
 
 
 def describe_texts(samples, prompts, tokenizer):
     """All texts of these samples as JSON in UTF-8, which numpy stores more compactly than an array of texts."""
-    fields = ("questions", "answers", "prompts", "finish_reasons", "graded", "tokens")
-    texts = {field: [] for field in fields}
+    texts = {
+        "questions": [],
+        "answers": [],
+        "prompts": [],
+        "finish_reasons": [],
+        "graded": [],
+        "tokens": [],
+    }
     for sample in samples:
         question = prompts[sample.prompt_index].question
         prompt_text = decode(tokenizer, sample.prompt_ids.tolist())
@@ -139,8 +152,9 @@ def describe_tokens(cfg, few, logprobs, entropies):
     if has_critic(cfg):
         # The batch has the normalised advantages only.
         rewards = ppo.token_rewards(few, cfg.kl_coef)
-        raw_advantages, _ = ppo.gae(rewards, few.values, few.response_lens, cfg.gamma, cfg.lam)
-        arrays["values"] = few.values
+        values, response_lens = few.values, few.response_lens
+        raw_advantages, _ = ppo.gae(rewards, values, response_lens, cfg.gamma, cfg.lam)
+        arrays["values"] = values
         arrays["raw_advantages"] = half(raw_advantages)
     differences = logprobs - few.logprobs
     log_ratio = torch.from_numpy(differences)
@@ -176,11 +190,11 @@ def token_texts(prompt_ids, response_ids, tokenizer):
     Some tokenizers drop a space at the beginning of a text, so each token is decoded together with the one before it.
     A character whose bytes lie in several tokens belongs to the last of them.
     """
-    ids = [*prompt_ids[-1:].tolist(), *response_ids.tolist()]
+    ids = np.append(prompt_ids[-1:], response_ids).tolist()
     texts = []
     start = 0  # the last token whose characters are complete
     for t in range(1, len(ids)):
-        before = decode(tokenizer, ids[start : start + 1])
+        before = decode(tokenizer, [ids[start]])
         text = decode(tokenizer, ids[start : t + 1])
         is_last = t == len(ids) - 1
         num_pending = t - start
@@ -208,5 +222,5 @@ def read(path):
     """The arrays of a file as a dict, with the lists of its JSON text beside them. Nothing is unpickled."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
-    texts = json.loads(arrays.pop("texts").tobytes())
-    return arrays | texts
+    encoded = arrays.pop("texts").tobytes()
+    return arrays | json.loads(encoded)

@@ -42,10 +42,14 @@ POLL_SECONDS = 3
 BASELINE = "baseline"
 ABLATIONS = {
     BASELINE: {BASELINE: {}},
-    "lam": {"lam_0.95": {"lam": 0.95, "critic_lam": 0.95}},  # ORZ has one λ for both.
+    "lam": {
+        "lam_0.95": {"lam": 0.95, "critic_lam": 0.95},  # ORZ has one λ for both.
+        "lam_0.95_policy_only": {"lam": 0.95},
+    },
     "advantage": {
         "reinforce": {"advantage": "reinforce"},
         "grpo": {"advantage": "grpo", "loss_average": "response"},
+        "grpo_token_average": {"advantage": "grpo"},
         "rloo": {"advantage": "rloo"},
     },
     "kl": {
@@ -209,7 +213,9 @@ def is_recorded(run):
     record = read_records(run.ablation).get(run.name)
     if record is None:
         return False
-    differing = [key for key, value in run.settings.items() if record["settings"].get(key) != value]
+    settings, recorded = run.settings, record["settings"]
+    # A setting that is younger than the record is off by default, and changes nothing.
+    differing = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if differing:
         file = record_file(run.ablation).relative_to(ROOT)
         sys.exit(
@@ -229,17 +235,6 @@ def curves(records, arm, metric):
     return steps, np.array([[values[step] for step in steps] for values in by_step])
 
 
-def seconds_of_step(rows):
-    """The median over the steps of a run of the seconds that a step took, without evaluation and saving."""
-    seconds = []
-    for row in rows:
-        phases = {name: value for name, value in row.items() if name.startswith("seconds/")}
-        parts = [value for name, value in phases.items() if name not in ("seconds/eval", "seconds/save")]
-        if row["step"] > 0:
-            seconds.append(sum(parts))
-    return float(np.median(seconds))
-
-
 def mean_and_deviation(values, digits):
     """ "0.61 ± 0.02", over seeds; of one seed only the value."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -250,23 +245,24 @@ def table(ablation):
     """The arms of an ablation, as the rows of a table in Markdown: mean ± standard deviation over the seeds."""
     records = read_records(BASELINE) | read_records(ablation)
     lines = [
-        "| arm | seeds | held-out accuracy | mean reward | tokens | cut off | repetition | CPU s | s a step |"
+        "| arm | seeds | held-out accuracy | mean over all steps: reward | tokens | cut off | CPU seconds |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|")
     for arm in {BASELINE: None} | ABLATIONS[ablation]:
         runs = [record for name, record in records.items() if name.startswith(f"{arm}_seed_")]
         if not runs:
-            lines.append(f"| {arm} | 0, not run | | | | | | | |")
+            lines.append(f"| {arm} | none run | | | | | |")
             continue
         trained = [record["rows"][1:] for record in runs]
+        over_steps = {}  # metric → its mean over the steps of each run
+        for metric in ("reward", "response_tokens", "cut_off"):
+            over_steps[metric] = [np.mean([row[metric] for row in rows]) for rows in trained]
         cells = [arm, str(len(runs))]
         cells.append(mean_and_deviation([rows[-1]["eval/eval/accuracy"] for rows in trained], 3))
-        cells.append(mean_and_deviation([np.mean([row["reward"] for row in rows]) for rows in trained], 3))
-        cells.append(mean_and_deviation([rows[-1]["eval/eval/response_tokens"] for rows in trained], 0))
-        cells.append(mean_and_deviation([rows[-1]["eval/eval/cut_off"] for rows in trained], 3))
-        cells.append(mean_and_deviation([rows[-1]["eval/eval/repetition"] for rows in trained], 3))
+        cells.append(mean_and_deviation(over_steps["reward"], 3))
+        cells.append(mean_and_deviation(over_steps["response_tokens"], 1))
+        cells.append(mean_and_deviation(over_steps["cut_off"], 3))
         cells.append(mean_and_deviation([record["cpu_seconds"] for record in runs], 0))
-        cells.append(mean_and_deviation([seconds_of_step(rows) for rows in trained], 1))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

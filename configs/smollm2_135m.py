@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct learns arithmetic word problems on two CPU cores.
 
-    python data/make_smollm2.py && python launch.py configs/smollm2_135m.py
+    python data/prepare.py smollm2 && python launch.py configs/smollm2_135m.py
 
-16 prompts x 4 samples = 64 responses a step. float32: bf16 products are five times slower on a CPU without AVX-512. It took 51
-minutes, 11 of them evaluation, at nice 19 on 2 shared cores of an AMD EPYC: held-out numbers 7 -> 70%
-right, held-out wordings 4 -> 59% (docs/smollm2/summary.json; that run was stopped after its step 16).
+16 prompts x 4 samples = 64 responses a step, in 9 GB of memory. float32: bf16 products are five times slower on a CPU
+without AVX-512. It took 12 minutes on 2 shared cores of an AMD EPYC: held-out numbers 9 -> 76% right, held-out wordings
+2 -> 60% (docs/smollm2.md).
 """
 
 model = "models/smollm2_135m"
@@ -17,7 +17,7 @@ prompt_template = (  # behind the tokenizer's <|im_start|>; two examples, or it 
     "Tom has 3 bags of 4 pens. How many pens? 3 * 4 = 12 <answer>\\boxed{12}</answer>\n"
     "{question}"
 )
-steps = 16
+steps = 8
 prompts_per_step = 16
 samples_per_prompt = 4
 max_prompt_tokens = 128
@@ -32,5 +32,5 @@ critic_updates_per_step = 2
 gradient_checkpointing = False
 gpu_memory_utilization = 0.2
 eval_every = 8
-eval_samples = 2
+eval_samples = 1
 save_every = 8

@@ -46,8 +46,9 @@ def test_every_arm_is_a_run_of_its_own(ablate):
 def record_of(run, accuracies):
     rows = []
     for step, accuracy in enumerate(accuracies):
-        rows.append({"step": step, "eval/eval/accuracy": accuracy, "response_tokens": 90.0, "cut_off": 0.25})
-    return {"settings": run.settings, "commit": "abc", "rows": rows}
+        row = {"step": step, "eval/eval/accuracy": accuracy, "response_tokens": 90.0 + step, "cut_off": 0.25}
+        rows.append(row | {"reward": accuracy})
+    return {"settings": run.settings, "commit": "abc", "cpu_seconds": 100 + run.seed, "rows": rows}
 
 
 def test_records_are_kept_and_not_made_again(ablate):
@@ -63,6 +64,10 @@ def test_records_are_kept_and_not_made_again(ablate):
     )
     steps, values = ablate.curves(ablate.read_records("lam"), "lam_0.95", "eval/eval/accuracy")
     assert steps == [0, 1] and values.tolist() == [[0.1, 0.75], [0.1, 0.5]]
+    older = record_of(first, [0.1])
+    del older["settings"]["importance_cap"]  # as if this setting had come later
+    ablate.write_record(first, older)
+    assert ablate.is_recorded(first)
     changed = record_of(first, [0.1])
     changed["settings"]["lam"] = 0.9
     ablate.write_record(first, changed)
@@ -77,6 +82,22 @@ def test_the_figure_has_the_arms_that_have_run(ablate):
     ablate.write_record(other, record_of(other, [0.1, 0.5]))
     ablate.draw("advantage")
     assert (ablate.ROOT / "docs/ablations/advantage.png").stat().st_size > 10_000
+
+
+def test_the_table_has_means_and_deviations_over_seeds(ablate):
+    """The evaluation before training counts as a step, the deviation is that of all steps, or an arm is missing."""
+    for run, accuracies in (
+        (ablate.Run("baseline", "baseline", 1), [0.9, 0.5, 0.75]),
+        (ablate.Run("kl", "kl_loss", 1), [0.9, 0.25, 0.5]),
+        (ablate.Run("kl", "kl_loss", 2), [0.9, 0.25, 0.7]),
+    ):
+        ablate.write_record(run, record_of(run, accuracies))
+    lines = ablate.table("kl").splitlines()
+    assert lines[2] == "| baseline | 1 | 0.750 | 0.625 | 91.5 | 0.250 | 101 |"
+    assert (
+        lines[3] == "| kl_loss | 2 | 0.600 ± 0.141 | 0.425 ± 0.071 | 91.5 ± 0.0 | 0.250 ± 0.000 | 102 ± 1 |"
+    )
+    assert lines[4].startswith("| kl_reward | none run |")
 
 
 def test_an_unknown_ablation_is_refused():

@@ -37,7 +37,7 @@ from log import flatten, read_rows  # noqa: E402
 TEMPLATE = ROOT / "tools" / "report.html"
 UPLOT = ROOT / "tools" / "uplot"
 
-# Tokens that a report holds: about 50 MB, which a browser opens in seconds. Of more, training steps are left out evenly.
+# Tokens that a report holds: at most about 100 MB, which a browser opens in seconds. Of more, training steps are left out evenly.
 MOST_TOKENS = 4_000_000
 
 # The arrays of token_record.py that the page shows.
@@ -66,7 +66,7 @@ class Page:
     def add(self, content):
         """Add these bytes. Returns the id of their element."""
         name = f"payload{len(self.elements)}"
-        compressed = gzip.compress(content, mtime=0)
+        compressed = gzip.compress(content, compresslevel=6, mtime=0)
         text = base64.b64encode(compressed).decode()
         self.elements.append(f'<script type="text/plain" id="{name}">{text}</script>')
         return name
