@@ -92,6 +92,9 @@ def compare(batch, samples, values, cfg):
     ppo.set_advantages(batch, cfg)
     groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
     grpo = ppo.grpo(groups, batch.response_lens)  # [N]
+    grpo = grpo / grpo.std()  # on the scale of the normalised advantages of PPO
+    before = before_repetition(batch, repeated)
+    correct = np.repeat(batch.correct, batch.response_lens)  # [N]
     others_there = value_of_others(values, repeated, place)
     num_repeating = sum(bool(repeated_tokens(sample.response_ids).any()) for sample in samples)
     numbers = {
@@ -103,9 +106,13 @@ def compare(batch, samples, values, cfg):
         "value_others_same_place": others_there,
         "value_others": mean(values[~repeated]),
         "ppo_repeated": mean(batch.advantages[repeated]),
+        "ppo_before": mean(batch.advantages[before]),
         "ppo_others": mean(batch.advantages[~repeated]),
         "grpo_repeated": mean(grpo[repeated]),
+        "grpo_before": mean(grpo[before]),
         "grpo_others": mean(grpo[~repeated]),
+        "repeated_tokens_of_right_responses": int((repeated & correct).sum()),
+        "value_before": mean(values[before]),
         "grpo_groups_without_advantage": mean(groups.min(axis=1) == groups.max(axis=1)),
     }
     return numbers, curves(batch, values, repeated)
@@ -114,6 +121,16 @@ def compare(batch, samples, values, cfg):
 def mean(values):
     """The mean as a float, or None of nothing."""
     return float(np.mean(values, dtype=np.float64)) if len(values) else None
+
+
+def before_repetition(batch, repeated):
+    """Whether each token belongs to a response that repeats, and stands before its first repeated token: bool [N]."""
+    before = np.zeros(len(repeated), bool)
+    for start, length in zip(batch.response_starts, batch.response_lens):
+        here = repeated[start : start + length]
+        if here.any():
+            before[start : start + int(np.argmax(here))] = True
+    return before
 
 
 def value_of_others(values, repeated, place):
@@ -181,13 +198,17 @@ def draw(numbers, lines, file):
     left.grid(alpha=0.3)
     names = ["PPO", "GRPO"]
     places = np.arange(2)
-    repeated = [numbers["ppo_repeated"] or 0, numbers["grpo_repeated"] or 0]
-    others = [numbers["ppo_others"] or 0, numbers["grpo_others"] or 0]
-    right.bar(places - 0.2, repeated, 0.4, label="repeated tokens")
-    right.bar(places + 0.2, others, 0.4, label="other tokens")
+    labels = {
+        "before": "tokens before, in the same responses",
+        "repeated": "repeated tokens",
+        "others": "all tokens that are not repeated",
+    }
+    for i, (kind, label) in enumerate(labels.items()):
+        heights = [numbers[f"ppo_{kind}"], numbers[f"grpo_{kind}"]]
+        right.bar(places + 0.27 * (i - 1), heights, 0.25, label=label)
     right.set_xticks(places, names)
     right.axhline(0, color="0.3", linewidth=1)
-    right.set(title="Mean advantage on the same batch")
+    right.set(title="Mean advantage, in standard deviations of the batch")
     right.legend()
     right.grid(alpha=0.3, axis="y")
     figure.savefig(file, dpi=110)

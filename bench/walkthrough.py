@@ -511,6 +511,23 @@ def collapsed_responses(step):
     return "\n".join(lines)
 
 
+def repetition(_):
+    """Values and advantages of repeated text, from the record of bench/repetition.py."""
+    numbers = json.loads((PAGE.parent / "repetition.json").read_text())
+    text = f"{numbers['responses_with_repetition']} of {numbers['responses']} responses repeat, "
+    text += f"{numbers['repeated_tokens']:,} of {numbers['tokens']:,} tokens are repeated\n"
+    text += f"{'':>38}{'V(s_t)':>8}{'PPO':>8}{'GRPO':>8}\n"
+    kinds = {
+        "repeated": "repeated tokens",
+        "before": "tokens before, in the same responses",
+        "others": "all tokens that are not repeated",
+    }
+    for kind, label in kinds.items():
+        text += f"{label:>38}{numbers[f'value_{kind}']:>8.2f}{numbers[f'ppo_{kind}']:>8.2f}{numbers[f'grpo_{kind}']:>8.2f}\n"
+    label = "not repeated, as far into a response"
+    return text + f"{label:>38}{numbers['value_others_same_place']:>8.2f}"
+
+
 def memory(_):
     """What fills a GPU in each phase of a step of ORZ's 7B run, by the estimates of tools/plan.py."""
     cfg = load([str(ROOT / "configs" / "orz_7b.py")])
@@ -549,6 +566,7 @@ BLOCKS = (
     stumble,
     collapse,
     collapsed_responses,
+    repetition,
     memory,
 )
 
