@@ -40,6 +40,7 @@ POLL_SECONDS = 3
 
 # Ablation → arm → what it changes. Every ablation is compared with the baseline, which is run once for all.
 BASELINE = "baseline"
+LONG = {"steps": 240, "eval_every": 24, "save_every": 24}
 ABLATIONS = {
     BASELINE: {BASELINE: {}},
     "lam": {
@@ -58,6 +59,16 @@ ABLATIONS = {
     },
     "critic_updates": {"critic_updates_1": {"critic_updates_per_step": 1}},
     "normalise": {"not_normalised": {"normalise_advantages": False}},
+    "policy_updates": {"policy_updates_4": {"policy_updates_per_step": 4}},
+    "critic_warmup": {"critic_warmup_4": {"critic_warmup_steps": 4}},
+    "temperature": {
+        "temperature_0.6": {"temperature": 0.6},  # Evaluation stays at temperature 1.
+        "temperature_1.2": {"temperature": 1.2},
+    },
+    "long": {
+        "ppo_240": LONG,
+        "grpo_240": LONG | {"advantage": "grpo", "loss_average": "response"},
+    },
 }
 
 # What a record keeps of each step.
