@@ -326,13 +326,16 @@ def critic_updates(step):
         tokens = ppo.num_response_tokens(step.batch, plan)
         rate = ppo.learning_rate(step.cfg, "critic", ppo.num_updates(step.cfg, "critic", STEP - 1) + n + 1)
         text += f"update {n + 1}: {len(members)} responses, {tokens:,} response tokens (N), learning rate {rate:g}\n"
-    place = tokens_of(step, FOLLOWED[1])[0]
+    i = FOLLOWED[2]
+    place = tokens_of(step, i)[0]
     value = torch.tensor([float(step.batch.values[place])])
     target = torch.tensor([float(step.batch.returns[place])])
-    for moved in (0.0, -0.1, -0.3):
-        loss = ppo.value_loss(value + moved, value, target, step.cfg.value_clip).item()
-        text += f"first token of response {FOLLOWED[1]}: V moved by {moved:>4} from {value.item():.3f}, R = {target.item():.0f}: "
-        text += f"loss {loss:.4f}\n"
+    text += f"first token of response {i}: V_old = {value.item():.3f}, R = {target.item():.0f}\n"
+    for moved in (0.0, 0.1, 0.19, 0.3):
+        moved_value = (value + moved).requires_grad_()
+        loss = ppo.value_loss(moved_value, value, target, step.cfg.value_clip)
+        loss.sum().backward()
+        text += f"   V = {moved_value.item():.3f}: loss {loss.item():.3f}, ∂loss/∂V {moved_value.grad.item():.3f}\n"
     return text.rstrip()
 
 
