@@ -61,16 +61,22 @@ def read_batch(file):
 
 
 @torch.no_grad()
-def values_of(batch, folder, cfg):
-    """V(s_t) of all response tokens, fp32 [N], by the critic in this folder."""
-    critic = model.load_network("critic", folder, torch.float32)
-    cfg.workers = 1
-    (packs,) = plan_samples(batch, range(len(batch.lengths)), cfg, critic.model.config.hidden_size)
-    values = torch.zeros(len(batch.logprobs))
+def of_all_tokens(batch, network, cfg, hidden_size):
+    """What a network says of all response tokens, a list of arrays fp32 [N]: the values, or the log-probs and entropies."""
+    (packs,) = plan_samples(batch, range(len(batch.lengths)), cfg, hidden_size)  # of the only rank
+    outputs, places = [], []
     for indices in packs:
         pack = make_pack(batch, indices, "cpu")
-        values[pack["token_index"]] = critic(pack)
-    return values.numpy()
+        output = network(pack)
+        outputs.append(output if isinstance(output, tuple) else (output,))
+        places.append(pack["token_index"])
+    token_index = torch.cat(places)
+    results = []
+    for parts in zip(*outputs):
+        result = torch.zeros(len(token_index))  # [N]
+        result[token_index] = torch.cat(parts)
+        results.append(result.numpy())
+    return results
 
 
 def repeated_tokens(token_ids):
@@ -223,10 +229,12 @@ def main():
     options = parser.parse_args()
     cfg = SimpleNamespace(**json.loads((options.run / "config.json").read_text()))
     cfg.advantage = "gae"  # The critic may be another run's.
+    cfg.workers = 1
     if options.samples.startswith("eval_"):
         cfg.samples_per_prompt = cfg.eval_samples
     batch, samples = read_batch(options.run / "samples" / f"{options.samples}.jsonl")
-    values = values_of(batch, options.critic, cfg)
+    critic = model.load_network("critic", options.critic, torch.float32)
+    (values,) = of_all_tokens(batch, critic, cfg, critic.model.config.hidden_size)
     numbers, lines = compare(batch, samples, values, cfg)
     if not numbers["repeated_tokens"]:
         sys.exit(

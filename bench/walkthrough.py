@@ -33,6 +33,8 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from repetition import of_all_tokens, read_batch  # noqa: E402
+
 import model  # noqa: E402
 import ppo  # noqa: E402
 from configs.load import load  # noqa: E402
@@ -55,29 +57,14 @@ HIDDEN_SIZE = 128  # of the demo's model
 def record(run):
     """Write step.npz and step.json from a run's folder."""
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
-    lines = (run / "samples" / f"step_{STEP}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    samples = []
-    for row in rows:
-        samples.append(
-            Sample(
-                prompt_index=row["prompt_index"],
-                prompt_ids=np.array(row["prompt_ids"], np.int32),
-                response_ids=np.array(row["response_ids"], np.int32),
-                logprobs=np.zeros(len(row["response_ids"]), np.float32),
-                text=row["response"],
-                finish_reason=row["finish_reason"],
-                correct=row["correct"],
-                reward=row["reward"],
-            )
-        )
-    batch = Batch(samples)
+    batch, samples = read_batch(run / "samples" / f"step_{STEP}.jsonl")
+    cfg = load([CONFIG])
     policy_before = model.load_network("policy", run / f"policy_step_{STEP - 1}", torch.float32)
     policy_after = model.load_network("policy", run / f"policy_step_{STEP}", torch.float32)
     critic_before = model.load_network("critic", run / f"critic_step_{STEP - 1}", torch.float32)
-    logprobs, entropies = of_all_tokens(batch, policy_before)
-    logprobs_after, _ = of_all_tokens(batch, policy_after)
-    (values,) = of_all_tokens(batch, critic_before)
+    logprobs, entropies = of_all_tokens(batch, policy_before, cfg, HIDDEN_SIZE)
+    logprobs_after, _ = of_all_tokens(batch, policy_after, cfg, HIDDEN_SIZE)
+    (values,) = of_all_tokens(batch, critic_before, cfg, HIDDEN_SIZE)
     arrays = {
         "tokens": batch.tokens.astype(np.int16),
         "prompt_indices": batch.prompt_indices.astype(np.int16),
@@ -91,40 +78,16 @@ def record(run):
     }
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(FOLDER / "step.npz", **arrays)
-    question = rows[FOLLOWED[0]]["question"]
-    prompt = rows[FOLLOWED[0]]["prompt_ids"]
+    prompt = samples[FOLLOWED[0]].prompt_ids.tolist()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     words = {int(token): tokenizer.decode([token]) for token in np.unique(batch.tokens)}
     recorded = {
-        "question": question,
-        "answer": rows[FOLLOWED[0]]["answer"],
         "words": words,
         "metrics": metrics[STEP],
         "weights": weight_changes(policy_before, policy_after),
         "after_training": continuations(run / "policy", tokenizer, prompt),
     }
     (FOLDER / "step.json").write_text(json.dumps(recorded, indent=1) + "\n")
-
-
-@torch.no_grad()
-def of_all_tokens(batch, network):
-    """What a network says of all response tokens: a tuple of fp32 [N], the values, or the log-probs and entropies."""
-    cfg = load([CONFIG])
-    outputs = []
-    places = []
-    (packs,) = plan_samples(batch, range(len(batch.lengths)), cfg, HIDDEN_SIZE)
-    for indices in packs:
-        pack = make_pack(batch, indices, "cpu")
-        output = network(pack)
-        outputs.append(output if isinstance(output, tuple) else (output,))
-        places.append(pack["token_index"])
-    places = torch.cat(places)
-    results = []
-    for parts in zip(*outputs):
-        result = torch.zeros(len(places))  # [N]
-        result[places] = torch.cat(parts)
-        results.append(result.numpy())
-    return results
 
 
 def weight_changes(before, after):

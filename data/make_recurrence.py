@@ -29,9 +29,8 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # Run as a script, Python looks in data/ only.
+# Run as a script, Python looks for modules in data/ only.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.make_tiny import WORDS, as_llama, document, make_tokenizer, pretrain, save  # noqa: E402
 

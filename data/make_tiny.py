@@ -219,9 +219,8 @@ def as_llama(qwen2):
 def save(model, tokenizer, folder):
     """Write a Hugging Face folder."""
     tokenizer.save_pretrained(folder)
-    config = (
-        folder / "tokenizer_config.json"
-    )  # with a class name that older versions of transformers know too
+    config = folder / "tokenizer_config.json"
+    # Older versions of transformers know only this name of the class.
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     model.save_pretrained(folder)
 

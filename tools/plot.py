@@ -46,9 +46,8 @@ def draw(runs, out):
     lowest, highest = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(min(lowest, -0.02), max(highest, 1.02))
     highest = axes[1, 1].get_ylim()[1]
-    axes[1, 1].set_ylim(
-        -1, max(highest, 1)
-    )  # The explained variance of an untrained critic can be far below 0.
+    # The explained variance of an untrained critic can be far below 0.
+    axes[1, 1].set_ylim(-1, max(highest, 1))
     figure.savefig(f"{out}.tmp", format="png", dpi=110)
     os.replace(f"{out}.tmp", out)
 
