@@ -299,7 +299,7 @@ def test_a_node_with_other_packages(hosts, tmp_path):
     try:
         process = start(head, tmp_path)
         check_end(
-            hosts, process, 1, f"node {other.address} has not the driver's packages: rich=={found.version} ("
+            hosts, process, 1, f"node {other.address} lacks the driver's packages: rich=={found.version} ("
         )
     finally:
         other.die()

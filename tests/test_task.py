@@ -373,7 +373,9 @@ def test_a_run_with_a_task_file(tmp_path):
     arguments = [f"--task={tmp_path}/mine.py", "--name=a", *QUICK, "--eval_every=1", "--eval_samples=1"]
     code, out, err = run(tmp_path, *arguments)
     assert code == 0, out + err
-    error = f"task_error, where a response gets reward 0: {tmp_path}/mine.py:13: reward returned 'odd', not a number"
+    error = (
+        f"task_error (the response gets reward 0): {tmp_path}/mine.py:13: reward returned 'odd', not a number"
+    )
     assert out.count("task_error") == 1 and error in out
     folder = tmp_path / "a"
     assert len(load_questions(str(folder / "questions/train.jsonl"))) == 64
