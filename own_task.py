@@ -25,7 +25,7 @@ PARAMETERS = {
     "reward": ["response", "question", "correct", "finish_reason"],
     "questions": ["split"],
 }
-# The critic squares its error in fp32: with this limit the sum of a batch's squares is finite.
+# The critic squares its error in fp32: with this limit the sum of all squares of a batch is finite.
 LARGEST_REWARD = 1e12
 MOST_QUESTIONS = 10_000_000  # of a split; a generator that never ends would fill the disk
 

@@ -81,7 +81,7 @@ class Batch:
 def plan_updates(batch, indices, num_updates, rng, cfg, hidden_size):
     """Split these samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack.
 
-    This is repeated for each of the epochs_per_step passes over the samples, each split anew.
+    There are epochs_per_step passes over the samples, one after the other, each split anew.
     """
     plans = []
     for _ in range(cfg.epochs_per_step):

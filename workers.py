@@ -641,7 +641,7 @@ class WorkerGroup:
         return [results[ref] for ref in refs]
 
     def results_of(self, done):
-        """The results of these calls. Raises the first failure; the other Workers may be waiting for the one that failed."""
+        """The results of these calls. Raises the first failure: the other Workers may be waiting for the failed one."""
         try:
             return self.ray.get(done)
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):

@@ -398,7 +398,7 @@ def test_last_lines_say_what_was_reached(run, capsys):
     run.end("stopped by SIGTERM", 20, ["configs/tiny.py"])
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
-    assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
+    assert "accuracy on a: 10.0% → 25.0%" in out and f"the results are in {run.dir}" in out
     assert "export the checkpoint of step 10" in out  # the best one
     run.cfg.steps = 0
     run.end("done", 0, ["configs/tiny.py"])
