@@ -237,8 +237,12 @@ REFUSED = {
     "--loss_average=sequence": ["loss_average='sequence'", "response"],
     "--epochs_per_step=0": ["epochs_per_step=0", "epochs_per_step > 0"],
     "--eval_max_response_tokens=-1": ["eval_max_response_tokens=-1", ">= 0"],
-    "--eval_data=a/test.json,b/test.json": ["eval_data", "b/test.json", "no two of one name"],
-    "--eval_data=a/overall.json": ["eval_data", "'overall'", "no two of one name"],
+    "--eval_data=a/test.json,b/test.json": [
+        "eval_data",
+        "b/test.json",
+        "no two files may have the same name",
+    ],
+    "--eval_data=a/overall.json": ["eval_data", "'overall'", "no two files may have the same name"],
 }
 
 

@@ -124,7 +124,7 @@ LIGHT = {
     "name with a slash": (["configs/tiny.py", "--name=a/b"], "name"),
     "two sets of one name": (
         ["configs/tiny.py", "--eval_data=data/tiny/eval.jsonl,other/eval.json"],
-        "no two of one name",
+        "no two files may have the same name",
     ),
     "no data file": (["configs/tiny.py", "--train_data=none.jsonl"], "none.jsonl"),
     "no evaluation file": (["configs/tiny.py", "--eval_data=none.jsonl"], "none.jsonl"),
