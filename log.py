@@ -317,7 +317,7 @@ class Log:
                 self.report_process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
 
     def check_report(self, seconds=0):
-        """Wait at most `seconds` for a report that is being made, and print it if it has failed."""
+        """Wait at most `seconds` for a report that is being made, and print a line if it has failed."""
         if self.report_process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -160,7 +160,7 @@ def largest_first(numbers):
 def best_fit(lengths, capacity):
     """Lists of indices: longest piece first, each is put into the list with the least room that it still fits into.
 
-    This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible. A piece that is over the
+    This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible, plus 4. A piece that is over the
     capacity gets a list of its own.
     """
     packs = []

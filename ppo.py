@@ -26,7 +26,7 @@ A variant changes one of three things, and is off by default:
   the policy's loss    a weight per token, a KL term, an average by response      Learner.vary_loss, loss_denominator
 
 In:   a Batch (flat arrays over all samples) and plans of packs.   Out: values, log-probs, updated networks, metrics.
-Nothing above the Learner knows of Ray, vLLM or DeepSpeed.
+Nothing above the section "The Learner" needs Ray, vLLM or DeepSpeed.
 
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
@@ -535,7 +535,7 @@ class Learner:
         return loss, vectors
 
     def critic_terms(self, batch, indices):
-        """The same for the critic as policy_terms for the policy."""
+        """What policy_terms returns, for the critic."""
         pack = make_pack(batch, indices, self.device, ["values", "returns"])
         values, old_values = self.engine(pack), pack["values"]  # [N] each
         value_clip = self.cfg.value_clip

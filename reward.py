@@ -162,7 +162,7 @@ class Grader:
         if reply.outcome != "by_task":
             limits = f"{TASK_SECONDS:.0f} s and task_memory_gb={self.task.memory_gb:g} GiB of address space"
             raise UserError(
-                f"task file {self.task.path}:1: the process that loads it {reply.outcome}; it has {limits}"
+                f"task file {self.task.path}:1: loading it ended with the outcome {reply.outcome}; limits: {limits}"
             )
         return reply.result
 
@@ -191,7 +191,7 @@ class Grader:
         request = {"kind": "questions", "split": split, "path": path}
         reply = self._request(request, TASK_SECONDS)
         if reply.outcome != "by_task":
-            reason = reply.error or f"{self.task.path}: questions({split!r}) {reply.outcome}"
+            reason = reply.error or f"{self.task.path}: questions({split!r}) had the outcome {reply.outcome}"
             raise UserError(f"task file {reason}")
         return reply.result
 

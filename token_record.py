@@ -16,7 +16,7 @@ Arrays of a file: B responses, N response tokens of all of them, laid end to end
     raw_advantages                         fp16 [N]: of GAE, before they are normalised, only with a critic
     advantages                             fp16 [N]: as the policy's loss takes them
     policy_logprobs, entropies             fp16 [N]: log π(a_t|s_t) and the entropy of π(·|s_t), of the policy before its update
-    logprob_differences                    fp32 [N]: log π − log π_vLLM, which differences of fp16 log-probs would lose
+    logprob_differences                    fp32 [N]: log π − log π_vLLM, too small (1e-6) to be computed from fp16 log-probs
     importance_weights                     fp16 [N]: the weight of the token in the policy's loss
     sampler_logprobs                       fp16 [N]: log π_vLLM(a_t|s_t), in evaluations, which have none of the seven above
     texts                                  uint8: a JSON object of lists: questions, answers, prompts, finish_reasons and graded [B], tokens [N]

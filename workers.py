@@ -246,7 +246,7 @@ class Worker:
             gpu_machine.check_worker(node)
 
     def send_output_to(self, path):
-        """Append what this process and its libraries print to a file, whatever language they are written in."""
+        """Append all that this process prints to a file, also what its libraries print from C and C++."""
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(file, stream)

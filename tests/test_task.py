@@ -249,7 +249,7 @@ REFUSED = {
     "\ndef is_correct(response):\n    return True\n": "2: is_correct must be a function of (response, question)",
     "\n\nreward = 1.0\n": "1: reward must be a function of (response, question, correct, finish_reason)",
     "import sys\nsys.exit(3)\n": "2: SystemExit: 3",
-    "import os\nos._exit(3)\n": "1: the process that loads it crashed; it has 600 s and task_memory_gb=8 GiB of address space",
+    "import os\nos._exit(3)\n": "1: loading it ended with the outcome crashed; limits: 600 s and task_memory_gb=8 GiB of address space",
 }
 
 
@@ -305,7 +305,7 @@ def test_questions_are_written_once_and_read_again(tmp_path):
         ),
         ("yield 'a question'", "mine.py:1: question 1 of 'train' is 'a question', not a dict"),
         ("raise SystemExit", "mine.py:2: SystemExit"),
-        ("import os\n    os._exit(1)", "mine.py: questions('train') crashed"),
+        ("import os\n    os._exit(1)", "mine.py: questions('train') had the outcome crashed"),
     ],
 )
 def test_questions_that_cannot_be_used(tmp_path, body, message):
