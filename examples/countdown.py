@@ -22,14 +22,12 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 
 def questions(split):
     held_out = set() if split == "eval" else {question["question"] for question in questions("eval")}
-    rng = random.Random(split)  # A text can be a seed.
+    rng = random.Random(split)  # a text can be a seed
     for _ in range(NUM_QUESTIONS[split]):
         target = 0
         while not 1 <= target <= 100:
             numbers = [rng.randint(1, LARGEST) for _ in range(rng.choice(COUNTS))]
-            target = reduce(
-                lambda a, b: rng.choice([add, sub, mul])(a, b), numbers
-            )  # so that a solution exists
+            target = reduce(lambda a, b: rng.choice([add, sub, mul])(a, b), numbers)  # so there is a solution
         numbers.sort()
         text = TEXT.format(target=target, numbers=numbers)
         if text not in held_out:
