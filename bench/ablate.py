@@ -279,7 +279,7 @@ def table(ablation):
 
 
 def draw(ablation):
-    """docs/ablations/NAME.png: the mean over the seeds of each arm, and its band of one standard deviation."""
+    """Draw docs/ablations/NAME.png: the mean over the seeds of each arm, and its band of one standard deviation."""
     records = read_records(BASELINE) | read_records(ablation)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8))
     for axis, (title, metric) in zip(axes, PANELS.items()):

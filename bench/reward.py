@@ -273,7 +273,8 @@ def alone_and_in_a_batch(count=1024):
 
 
 def throughput(references, count=8192, processes=2):
-    """A step's worth of responses through the Grader: half right as written, the others another reference."""
+    """A step's worth of responses through the Grader. Their answers are the reference as written (half), the reference
+    between spaces (a quarter) and any reference (a quarter)."""
     rng = random.Random(0)
     filler = "Let me think about this step by step. Wait, I should recheck the sum of the digits. " * 60
     items = []

@@ -346,7 +346,7 @@ def main():
         "--questions", type=int, default=10**9, help="only the first N of each file (default: all)"
     )
     parser.add_argument(
-        "--load", type=Path, help="a file of lines of /proc/loadavg taken during the run; their mean is kept"
+        "--load", type=Path, help="lines of /proc/loadavg of the run, for their mean and maximum"
     )
     options = parser.parse_args()
     beside = {}

@@ -205,7 +205,7 @@ class Measured(workers.Worker):
 class MeasuredGroup(workers.WorkerGroup):
     """A WorkerGroup that adds a row to `rows` after each step, and then calls `between`, outside the step's time.
 
-    between: a function of this object. It returns a dict, which is added to the row.
+    between: a function that is called with this object. It returns a dict, which is added to the row.
     """
 
     def __init__(self, *arguments, rows, between):

@@ -138,7 +138,7 @@ def write_batch(rng):
 
 
 def make_questions():
-    """train.jsonl and eval.jsonl, each question once; returns the unordered pairs in them."""
+    """Write train.jsonl and eval.jsonl, each question once. Returns the unordered pairs in them."""
     rng, seen = random.Random(SEED), set()
     for split, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
         lines = []
@@ -210,11 +210,10 @@ def as_llama(qwen2):
     names += " max_position_embeddings tie_word_embeddings eos_token_id pad_token_id bos_token_id"
     settings = {name: getattr(qwen2.config, name) for name in names.split()}
     llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **settings))
-    llama.load_state_dict(
-        qwen2.state_dict(), strict=False
-    )  # Only the output projections' biases are missing.
+    # Only the biases of the output projections are missing, which Qwen2 does not have.
+    llama.load_state_dict(qwen2.state_dict(), strict=False)
     for layer in llama.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)  # Qwen2 has none.
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
     return llama
 
 

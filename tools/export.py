@@ -42,9 +42,7 @@ def export(folder, step, moved):
     find_models(cfg, moved)
     tokenizer = read_tokenizer(cfg.model, f"model={cfg.model!r}", cfg.trust_remote_code)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
-    log = Log(
-        cfg
-    )  # It takes the lock of the run, and raises UserError if a model is another one than the run's.
+    log = Log(cfg)  # This takes the run's lock, and refuses a model with other content than the run's.
     workers = WorkerGroup(cfg, log, start_ray(log), StopRequest())
     workers.place()
     workers.start(step)
