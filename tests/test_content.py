@@ -138,7 +138,7 @@ def test_export_says_which_folder_is_gone(tmp_path, capsys):
     shutil.rmtree(model)
     said = exported([run, "1"], capsys)
     assert f"model='{model}', from which the run started, is gone: --model=FOLDER" in said
-    assert "no hub name, nor a folder" in exported([run, "1", f"--model={tmp_path}/none"], capsys)
+    assert "neither a hub name nor a folder" in exported([run, "1", f"--model={tmp_path}/none"], capsys)
     other = copied(tmp_path / "other")
     train_a_little(other)
     assert "another model (other weights)" in exported([run, "1", f"--model={other}"], capsys)

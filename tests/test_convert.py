@@ -115,7 +115,7 @@ def test_parquet(tmp_path, capsys):
     questions, _ = converted(tmp_path, capsys, (tmp_path / "t").read_bytes(), name="table.parquet")
     assert questions == TWO[:1] * 2
     (tmp_path / "cut.parquet").write_bytes(b"PAR1\xfe\xfe PAR1")
-    assert "cut.parquet: is no whole Parquet file" in refused(capsys, tmp_path / "cut.parquet")
+    assert "cut.parquet: is not a whole Parquet file" in refused(capsys, tmp_path / "cut.parquet")
 
 
 def test_optional_packages_are_asked_for(tmp_path, capsys, monkeypatch):
@@ -142,7 +142,7 @@ def test_what_cannot_be_converted(tmp_path, capsys, monkeypatch):
     assert "cut.json:3: broken or truncated JSON" in refused(capsys, "cut.json")
     assert "cut.gz: cannot be unpacked" in refused(capsys, "cut.gz")
     assert "neither Parquet nor UTF-8" in refused(capsys, "latin.csv")
-    assert "good.jsonl is there already" in refused(capsys, "good.json")
+    assert "good.jsonl exists already" in refused(capsys, "good.json")
     assert "cannot write /proc/x.jsonl" in refused(capsys, "good.json", "--out=/proc/x.jsonl")
     assert "there is no such file" in refused(capsys, "none.json")
     assert "is a folder: name a file in it" in refused(capsys, "/proc")

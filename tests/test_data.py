@@ -110,14 +110,17 @@ BROKEN = {
     "empty question": (dialogues([{"value": ""}, DIALOGUE[1]]), "item 2: the question must be a text"),
     "answer no text": (
         json.dumps(PLAIN | {"answer": 42}),
-        "item 1: the answer must be a text, whole and not empty, not 42",
+        "item 1: the answer must be a text of whole characters and not empty, but it is 42",
     ),
     "half character": ('{"question": "\\ud800", "answer": "1"}', "item 1: the question must be a text"),
     "answer no choice": (
         json.dumps([CHOICE | {"final_answer": "C"}]),
         "item 1: the answer 'C' is none of the choices",
     ),
-    "choices no texts": (json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]), "none of the choices (texts)"),
+    "choices no texts": (
+        json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]),
+        "or they are no dict of texts",
+    ),
     "choices no letters": (json.dumps([CHOICE | {"choices": ["A", "B"]}]), "none of the choices"),
     "choices beside the question": (
         json.dumps(PLAIN | {"answer": "B", "choices": {"A": "Mars", "B": "Jupiter"}}),
@@ -136,7 +139,7 @@ BROKEN = {
     "gzip": (gzip.compress(b"{}"), "is compressed (gzip), not JSON: python data/prepare.py convert"),
     "csv": (
         "question,answer\n1+1,2\n",
-        ":1: broken or truncated JSON, or none; `data/prepare.py convert` reads CSV",
+        ":1: broken or truncated JSON, or not JSON at all; `data/prepare.py convert` reads CSV",
     ),
     "zip": (b"PK\x03\x04\x00", "is a zip archive, not JSON: unpack it first"),
 }
@@ -246,7 +249,7 @@ def test_what_is_held_out_and_trained_on_is_said():
     )
     assert said == [
         "e: 2 of its 3 questions are in train_data, too",
-        "both: is in train_data and in eval_data: what is measured on it has been trained on",
+        "both: is in train_data and in eval_data, so that its questions are trained on",
     ]
 
 

@@ -154,7 +154,7 @@ LIGHT = {
         "*.safetensors",
     ),
     "no critic folder": (["configs/tiny.py", "--critic_model=./none"], "critic_model"),
-    "hub name without a connection": (["configs/tiny.py", "--model=nobody/nothing"], "the hub did not give it"),
+    "hub name without a connection": (["configs/tiny.py", "--model=nobody/nothing"], "it cannot be fetched from the hub"),
     "runs/ cannot be made": (["configs/tiny.py", "--out_dir=/proc/runs"], "--out_dir"),
     "runs/ is a file": (lambda tmp: ["configs/tiny.py", f"--out_dir={file_with('f', '')(tmp)}"], "--out_dir"),
     "a folder that is no run": (

@@ -112,9 +112,9 @@ BROKEN = {
         lambda f: (f / "model.safetensors").write_text("<!doctype html><html>Sign in</html>"),
         "model.safetensors is not a whole safetensors file",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), "nor a folder of config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "nor a folder with config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable as JSON"),
-    "a list as config": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no settings"),
+    "a list as config": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "broken generation_config": (
         lambda f: (f / "generation_config.json").write_text('{"eos'),
         "generation_config.json is not readable as JSON",
@@ -424,7 +424,7 @@ def test_tensors_without_a_place_are_said(tmp_path):
     folder = demo_folder(tmp_path / "model")
     edit_config(folder, num_hidden_layers=3)
     (said,) = judge(policy=folder)
-    assert "no place for tensors that are in the folder: model.layers.3." in said and said.endswith(" more")
+    assert "tensors that the policy does not use: model.layers.3." in said and said.endswith(" more")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -64,7 +64,7 @@ def test_shape_of_a_folder(tmp_path):
     plan.check_fits(config("orz_7b", f"--model={folder}"), 1.0)  # who cannot judge does not refuse
     for broken in ("{", "3", "\xff"):
         (folder / "config.json").write_text(broken, encoding="latin-1")
-        with pytest.raises(UserError, match="config.json is no JSON object"):
+        with pytest.raises(UserError, match="config.json is not a JSON object"):
             plan.read_shape(str(folder))
 
 
@@ -113,8 +113,11 @@ def test_32b_on_128_gpus_by_hand():
 
 def test_what_stays_on_the_gpu():
     """A network that stays is counted where another works, or one that waits in CPU memory still is."""
-    other = "the other network, which stays"
-    beside = ["policy's other states, which stay", "the critic, which stays"]  # in "sync"
+    other = "the other network, which stays on the GPU"
+    beside = [
+        "policy's other states, which stay on the GPU",
+        "the critic, which stays on the GPU",
+    ]  # in "sync"
     critic, policy = 7_615_616_512 - 152_064 * 3584 + 3584, 7_615_616_512
     stays, waits = planned(config("orz_7b")), planned(config("orz_7b", "--gpu_memory_utilization=0.9"))
     assert stays["policy"][other] == pytest.approx(18 * critic / 32 / 2**30)
@@ -172,17 +175,18 @@ def test_every_line_states_its_arithmetic(name, extra):
 def test_a_grpo_policy_has_no_neighbour():
     """Without a critic one is still counted."""
     phases = planned(config("orz_7b_grpo"))
-    assert phases["policy"]["the other network, which stays"] == 0
-    assert phases["sync"]["policy's other states, which stay"] == pytest.approx(
+    assert phases["policy"]["the other network, which stays on the GPU"] == 0
+    assert phases["sync"]["policy's other states, which stay on the GPU"] == pytest.approx(
         16 * 7_615_616_512 / 32 / 2**30
     )
-    assert phases["sync"]["the critic, which stays"] == 0
+    assert phases["sync"]["the critic, which stays on the GPU"] == 0
 
 
 def test_critic_head_and_reference():
     """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
     assert ppo.KEPT_WHOLE == plan.KEPT_WHOLE == 5 * 10**8
-    name, whole = "the reference model, which stays there", "its weights that are kept whole (KEPT_WHOLE)"
+    name = "the reference model, which stays on the GPU"
+    whole = "its weights that are kept whole (KEPT_WHOLE)"
     without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
     for phase in without:
         assert without[phase][name] == without[phase][whole] == 0
@@ -232,7 +236,7 @@ def test_refusal_names_a_setting_that_helps(case):
 
 def test_no_single_setting():
     """A GPU that is far too small ends in a suggestion that does not help."""
-    with pytest.raises(UserError, match="no one setting is enough"):
+    with pytest.raises(UserError, match="no single setting is enough"):
         plan.check_fits(config("orz_32b", "--workers=1", "--tensor_parallel=1"), 80.0)
 
 

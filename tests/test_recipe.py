@@ -460,7 +460,7 @@ def test_hard_questions_of_a_run(tmp_path):
     assert [(q.question, q.answer, q.choices) for q in hard] == [(name, f"{name}!", None) for name in names]
     first, second, third = done.stdout.splitlines()
     assert first.startswith("6 questions, 1 of them with fewer than 64 attempts")
-    assert second == "3 of the other 5 solved fewer than 4 times in 64, 1 never"
+    assert second == "3 of the other 5 were solved fewer than 4 times in 64, 1 never"
     assert str(tmp_path / "hard.jsonl") in third
     done = mine(tmp_path, "--fewer_than=5", "--of=63", f"--out={tmp_path}/more.jsonl")
     assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
@@ -485,7 +485,7 @@ def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
     done = mine(tmp_path)
     assert done.returncode == 0, done.stderr
     assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["three", "never"]
-    assert done.stdout.splitlines()[1] == "2 of the other 3 solved fewer than 4 times in 64, 1 never"
+    assert done.stdout.splitlines()[1] == "2 of the other 3 were solved fewer than 4 times in 64, 1 never"
 
 
 def test_choices_survive(tmp_path):

@@ -539,7 +539,7 @@ def test_reasoning_gym_runs_no_answers(tmp_path):
     assert len(run_answers) == 9
     assert names == run_answers | {"composite", "game_of_life_halting"}
     with pytest.raises(
-        UserError, match="puzzle24 is refused: with an answer of the model its judge calls sympy's"
+        UserError, match="puzzle24 is refused: given an answer of the model, its judge calls sympy's"
     ):
         grader_of(tmp_path, text.replace('TASK = "chain_sum"', 'TASK = "puzzle24"'))
 
