@@ -431,7 +431,7 @@ def test_a_check_of_the_recurrence_is_right_more_often_than_work():
 # ---- Order ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # on a busy machine an example may take long
 @given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**32 - 1))
 def test_every_epoch_has_every_question_once(num_questions, prompts_per_step, seed):
     """Fails if the tail of an epoch is dropped, or if the steps around it repeat questions (NeMo-RL#2519)."""

@@ -235,7 +235,7 @@ def test_ctrl_c_on_a_pipe_into_tee(tmp_path):
         ["bash", "-c", f"{launched} 2>&1 | tee {tmp_path}/log; echo status ${{PIPESTATUS[@]}}"]
     )
     shown = read_until(terminal, lambda: finished_steps(tmp_path / "a") >= 3)
-    time.sleep(1.5)  # into the critic's updates
+    time.sleep(1.5)  # by then the critic's updates have begun
     os.write(terminal, b"\x03")
     shown += read_until(terminal, lambda: False)
     os.waitpid(pid, 0)

@@ -64,6 +64,7 @@ def test_drivers():
 
 
 def test_reasons_for_an_unseen_gpu():
+    """If torch sees no GPU, the message names the reason: a build without CUDA, an old driver, or neither of them."""
     assert "without CUDA" in gpu_machine.unseen_gpu("2.13.0+cpu", None, "580.1")
     assert "580 or newer, not 570.1" in gpu_machine.unseen_gpu("2.13.0", "13.0", "570.1")
     healthy = gpu_machine.unseen_gpu("2.13.0", "13.0", "580.1")

@@ -589,7 +589,7 @@ def test_existing_folder_is_left_alone(tmp_path):
     Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
-    Log(settings(tmp_path, seed=1, steps=4)).metrics.close()  # longer is the same run
+    Log(settings(tmp_path, seed=1, steps=4)).metrics.close()  # with more steps it is the same run
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 

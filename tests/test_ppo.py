@@ -258,7 +258,7 @@ def test_packing_at_the_edges():
     assert packing.pack([50, 50], 50, 2, HIDDEN) in ([[[0]], [[1]]], [[[1]], [[0]]])
     assert sum(len(indices) for packs in packing.pack([7], 50, 4, HIDDEN) for indices in packs) == 1
     assert len(packing.pack([25, 25, 25, 25], 50, 2, HIDDEN)[0]) == 1
-    assert len(packing.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # none of them share a pack
+    assert len(packing.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # no two fit into one pack
     with pytest.raises(ValueError, match="51 tokens does not fit into a pack of 50"):
         packing.pack([3, 51, 4], 50, 1, HIDDEN)
 

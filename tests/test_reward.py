@@ -717,7 +717,8 @@ def test_cut_off_responses_and_missing_answers_are_counted():
     ],
 )
 def test_readable(text, expected):
-    """A reference that cannot be read rejects every right answer that is spelled differently."""
+    """How a reference is read: by its value, as words, as a choice, or not at all. One that cannot be read would
+    reject every right answer that is spelled differently."""
     assert reward.Grader(1).readable(text).result(60) == expected
 
 

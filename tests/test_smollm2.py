@@ -120,6 +120,7 @@ def test_no_connection_is_one_line(tmp_path):
 
 @needs_model
 def test_prompts_fit_and_begin_as_the_model_expects(rows):
+    """Prompts begin with the model's own chat format and fit max_prompt_tokens; the longest right response fits, too."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

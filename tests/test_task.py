@@ -57,6 +57,7 @@ def test_without_a_task_file_the_rule_decides():
 
 
 def test_what_a_task_file_leaves_out_stays_the_rules(tmp_path):
+    """A task file without is_correct keeps the rule's verdict; one without reward gives 1.0 or 0.0."""
     only_reward = grader_of(
         tmp_path, "def reward(response, question, correct, finish_reason):\n    return 3 if correct else -1\n"
     )
@@ -98,6 +99,7 @@ def test_evaluation_does_not_ask_for_the_reward(tmp_path):
 
 @pytest.mark.parametrize("value, number", [("10**9", 1e9), ("True", 1.0), ("-0.5", -0.5), ("2", 2.0)])
 def test_numbers_are_taken_as_they_are(tmp_path, value, number):
+    """Any finite number is a reward: large ones, negative ones, integers and True."""
     text = f"def reward(response, question, correct, finish_reason):\n    return {value}\n"
     assert judged(grader_of(tmp_path, text)) == (True, number, "by_number", "")
 
@@ -180,6 +182,7 @@ def reward(response, question, correct, finish_reason):
 
 
 def test_sleeping_meets_the_backstop(tmp_path, monkeypatch):
+    """A judge that sleeps uses no CPU time, so that only the limit on wall time (the backstop) ends it."""
     text = (
         "import time\n\n\ndef is_correct(response, question):\n    time.sleep(9999 * (response == 'sleep'))\n"
     )
@@ -413,6 +416,7 @@ def test_examples_are_short(path):
 
 
 def test_format_bonus():
+    """A right answer gets 1, and a response in the required format, unless it was cut off, 0.2 more."""
     grader = example("format_bonus.py")
     assert judged(grader).reward == 1.2 and judged(grader, WRONG).reward == 0.2
     assert judged(grader, RIGHT.removeprefix("thoughts")).reward == 1.0
