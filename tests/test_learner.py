@@ -179,9 +179,8 @@ def spoilt_updates(learner, batch):
         ("infinite gradient", None, FloatingPointError),
         ("drift", "logprobs", ppo.DriftError),
     ):
-        spoilt = learner(
-            "policy", max_grad_norm=CLIP, out_dir=".", name="."
-        )  # the folder of this call's ranks
+        # The out_dir is the folder of this call's ranks.
+        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")
         before, good = weights(spoilt), getattr(batch, field or "logprobs")
         bad = good.copy()
         if field:

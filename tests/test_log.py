@@ -610,10 +610,8 @@ def recorded(folder, **changes):
         (None, "begun by an older version of nanoORZ (its git commit is not recorded)"),  # OLD_RUN unchanged
         ({"run_version": RUN_VERSION - 1}, "begun by an older version of nanoORZ (git commit abc123)"),
         ({"run_version": RUN_VERSION + 1}, "begun by another version of nanoORZ (git commit abc123)"),
-        (
-            {"eval_top_p": None},
-            "begun by another version of nanoORZ (git commit abc123)",
-        ),  # base.py gained a setting
+        # base.py gained a setting.
+        ({"eval_top_p": None}, "begun by another version of nanoORZ (git commit abc123)"),
         # base.py lost a setting.
         ({"value_norm": True}, "begun by another version of nanoORZ (git commit abc123)"),
         ({"run_version": None, "seed": 7}, "begun by an older version of nanoORZ"),  # not "a run with seed=7"

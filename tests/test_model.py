@@ -98,12 +98,8 @@ def test_packed_critic_equals_one_sequence_at_a_time(folder):
 def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
     """[N, V] logits for 55,000 tokens of Qwen's vocabulary take 33 GB; computing them in chunks must change no value
     or gradient."""
-    num_tokens, hidden_size, vocabulary, chunk = (
-        37,
-        4,
-        97,
-        5,
-    )  # with hidden_size < chunk, Wᵀ is smaller than a chunk
+    # With hidden_size < chunk, Wᵀ is smaller than a chunk.
+    num_tokens, hidden_size, vocabulary, chunk = 37, 4, 97, 5
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size)
     weight, offset = torch.randn(vocabulary, hidden_size), torch.randn(vocabulary) if bias else None

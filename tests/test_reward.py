@@ -594,9 +594,8 @@ def test_hostile_answers_are_refused_cheaply(answer):
 
 # -- the pool ----------------------------------------------------------------------------------------------------
 
-SLOW = "+".join(
-    f"√{{{n}!}}" for n in range(19910, 20000)
-)  # each is within the limits; all together take minutes
+# Each term is within the limits; all together take minutes.
+SLOW = "+".join(f"√{{{n}!}}" for n in range(19910, 20000))
 RIGHT = (True, "by_value")
 
 

@@ -234,10 +234,8 @@ def test_checksum(dtype):
     view is refused."""
     torch.manual_seed(0)
     memory = (10 * torch.randn(3 + 9 * 16)).to(dtype)
-    query, key = (
-        memory[3:131].view(8, 16),
-        memory[131:].view(1, 16),
-    )  # neither begins at a multiple of 8 bytes
+    # Neither part begins at a multiple of 8 bytes.
+    query, key = memory[3:131].view(8, 16), memory[131:].view(1, 16)
     merged = torch.cat([query, key, torch.zeros(7, 16, dtype=dtype)])
     parts = rollout.checksum(query) + rollout.checksum(key)
     assert rollout.checksum(merged) == parts == rollout.checksum(merged.T.contiguous().T)
