@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_responses_shown_are_recorded():
-    """The front page shows two responses that no run of the demo gave."""
+    """Fails if the front page shows two responses that no recorded run of the demo gave."""
     shown = next(block for block in code_blocks(README) if block.startswith("before "))
     for row in json.loads((ROOT / "docs/demo/responses.json").read_text()):
         before, after = row["before"], row["after"]
