@@ -401,28 +401,24 @@ class Learner:
             fused=self.device.type == "cuda",
         )
 
-    @torch.no_grad()
     def forward(self, batch, plan):
         """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
-        results = torch.zeros(len(batch.logprobs), device=self.device)  # [N]
+        return self.token_outputs(batch, plan)[0]
+
+    @torch.no_grad()
+    def token_outputs(self, batch, plan):
+        """What the network computes at each response token, as forward: fp32 [1, N] of a critic, its values; fp32 [2, N]
+        of a policy, log π(a_t|s_t) and the entropy of π(·|s_t)."""
+        num_outputs = 1 if self.kind == "critic" else 2
+        results = torch.zeros(num_outputs, len(batch.logprobs), device=self.device)  # [1 or 2, N]
         for indices in plan[self.rank]:
             pack = make_pack(batch, indices, self.device)
             if self.kind == "critic":
-                output = self.engine(pack)
+                outputs = self.engine(pack)[None]  # [1, N of the pack]
             else:
-                output, _ = self.engine(pack, self.cfg.temperature)
-            results[pack["token_index"]] = output
-        torch.distributed.all_reduce(results)
-        return results.cpu().numpy()
-
-    @torch.no_grad()
-    def logprobs_and_entropies(self, batch, plan):
-        """log π(a_t|s_t) and the entropy of π(·|s_t) of a policy: fp32 [2, N], as forward."""
-        results = torch.zeros(2, len(batch.logprobs), device=self.device)  # [2, N]
-        for indices in plan[self.rank]:
-            pack = make_pack(batch, indices, self.device)
-            logprobs, entropies = self.engine(pack, self.cfg.temperature)  # [N of the pack] each
-            results[:, pack["token_index"]] = torch.stack([logprobs, entropies])
+                logprobs, entropies = self.engine(pack, self.cfg.temperature)  # [N of the pack] each
+                outputs = torch.stack([logprobs, entropies])  # [2, N of the pack]
+            results[:, pack["token_index"]] = outputs
         torch.distributed.all_reduce(results)
         return results.cpu().numpy()
 

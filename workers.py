@@ -340,7 +340,7 @@ class Worker:
     def logprobs_and_entropies(self, batch, plan):
         """The policy's log-probs and entropies at all response tokens, fp32 [2, N]; rank 0 returns them."""
         self.give_gpu_to("policy")
-        results = self.learners["policy"].logprobs_and_entropies(batch, plan)
+        results = self.learners["policy"].token_outputs(batch, plan)
         return results if self.rank == 0 else None
 
     def update(self, kind, batch, plans, step, kl_plan):

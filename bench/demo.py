@@ -4,7 +4,8 @@ python bench/demo.py          runs what docs/demo/ lacks, then writes docs/demo/
 python bench/demo.py --draw   only the last two, from the metrics that are there
 
 In:   nothing.   Out: docs/demo/NAME.jsonl, one line per step: the run's own metrics, and from its samples the share of
-worked answers (text before </think>) and the accuracy within worked answers and within guesses.
+worked answers (text before </think>) and the accuracy within worked answers and within guesses. docs/demo/responses.json:
+the first responses of seed 1 to some held-out questions, before and after training; the README shows one pair.
 """
 
 import json
@@ -25,6 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "demo"
 WORKERS = f"--workers={min(2, os.cpu_count())}"
+NUM_SHOWN = 4  # questions whose responses are kept in responses.json
 RUNS = {f"seed {seed}": [f"--seed={seed}"] for seed in (1, 2, 3)}
 RUNS["shuffled rewards"] = ["--seed=1"]
 RUNS["learning rate 0"] = ["--seed=1", "--policy_lr=0"]
@@ -73,6 +75,31 @@ def share(correct):
     return sum(correct) / len(correct) if correct else None
 
 
+def first_responses(file):
+    """question → its first row in a samples file."""
+    rows = {}
+    for row in read_lines(file):
+        rows.setdefault(row["question"], row)
+    return rows
+
+
+def before_and_after(first, last):
+    """The first response to some questions in two samples files of the same evaluation set."""
+    rows_before, rows_after = first_responses(first), first_responses(last)
+    shown = []
+    for question in list(rows_before)[:NUM_SHOWN]:
+        before, after = rows_before[question], rows_after[question]
+        shown.append(
+            {
+                "question": question,
+                "answer": before["answer"],
+                "before": {key: before[key] for key in ("response", "reward")},
+                "after": {key: after[key] for key in ("response", "reward")},
+            }
+        )
+    return shown
+
+
 def metrics_file(name):
     """Where the metrics of a run are kept."""
     return OUT / f"{name.replace(' ', '_')}.jsonl"
@@ -92,7 +119,11 @@ def run(name, arguments):
                 row |= share_of_work(samples / f"step_{row['step']}.jsonl")
             if "eval" in row:
                 row["eval_work"] = share_of_work(samples / f"eval_eval_{row['step']}.jsonl")
-    OUT.mkdir(parents=True, exist_ok=True)
+        OUT.mkdir(parents=True, exist_ok=True)
+        if name == "seed 1":
+            last_step = rows[-1]["step"]
+            shown = before_and_after(samples / "eval_eval_0.jsonl", samples / f"eval_eval_{last_step}.jsonl")
+            (OUT / "responses.json").write_text(json.dumps(shown, indent=1) + "\n")
     metrics_file(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -50,6 +50,18 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), f"{name_of(page)} links to {link}"
 
 
+def test_the_responses_shown_are_recorded():
+    """The front page shows two responses that no run of the demo gave."""
+    shown = next(block for block in code_blocks(README) if block.startswith("before "))
+    for row in json.loads((ROOT / "docs/demo/responses.json").read_text()):
+        before, after = row["before"], row["after"]
+        lines = f"before   {before['response']}\nafter    {after['response']}".splitlines()
+        if all(line.strip() in shown for line in lines):
+            assert shown.split()[-1] == f"{after['reward']:.0f}"
+            return
+    raise AssertionError("docs/demo/responses.json has no such pair")
+
+
 def test_the_tree_of_files_exists():
     """The front page shows where things are; a file that was moved is not there any more."""
     tree = next(block for block in code_blocks(README) if block.startswith("launch.py "))
