@@ -1,10 +1,10 @@
 # make demo    train the demo for real, with or without a GPU: .venv, pinned packages, python launch.py configs/tiny.py
 # make quick   while you edit: formulas, packing, networks, settings, data, grader, in under a minute
-# make test    the tests, on the CPU: in .venv, or beside a GPU in .venv-cpu
-# make extras  optional packages, without which some tests are skipped (requirements-extras.txt)
+# make test    the tests, on the CPU; they run in .venv, on a machine with a GPU in .venv-cpu
+# make extras  install optional packages, without which some tests are skipped (requirements-extras.txt)
 # make soak    the long tests, or one part of them: make soak-runs, soak-kills, soak-nodes, soak-grader, soak-others
-# make gpu     what only a GPU can show
-# make lines   how the code reads (lines, tokens a line, longest functions), then formatting and lint, which alone can fail
+# make gpu     the tests that need a GPU
+# make lines   lines, tokens a line and longest functions, which never fail; then formatting and lint, which can
 
 PYTHON ?= python3
 REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
@@ -54,7 +54,7 @@ soak-grader: $(TESTS)/installed
 	$(SOAK) $(GRADER)
 
 soak-others: $(TESTS)/installed
-	@echo "$@: kinds of models, and what is refused after a look at the model: about 15 minutes"
+	@echo "$@: other architectures, models that are refused, and all other long tests: about 15 minutes"
 	$(SOAK) $(addprefix --ignore=,$(RUNS) $(NODES) $(GRADER))
 
 gpu: .venv/installed
@@ -72,10 +72,10 @@ lines: $(TESTS)/installed
 .venv/installed .venv-cpu/installed: requirements.txt requirements-cpu.txt
 	@$(PYTHON) -c 'import platform, sys; sys.exit(0 if sys.platform == "linux" and platform.machine() == "x86_64" and \
 	sys.version_info[:2] in ((3, 11), (3, 12)) else "error: this needs Linux on x86-64 and Python 3.11 or 3.12, not " \
-	+ platform.platform() + ", Python " + platform.python_version() + "; name one with make PYTHON=python3.12 …")'
+	+ platform.platform() + ", Python " + platform.python_version() + "; give one of these with make PYTHON=python3.12 …")'
 	@$(if $(filter requirements.txt,$(lastword $(FLAGS))),$(PYTHON) tools/gpu_machine.py)
 	@echo "installing $(lastword $(FLAGS)) into $(@D): a few minutes, once"
 	@$(PYTHON) -m venv $(@D)
 	@$(INSTALL) 2>$(@D)/pip.log || $(INSTALL) $(if $(filter --no-deps,$(FLAGS)),--extra-index-url https://download.pytorch.org/whl/cpu)
-	@$(@D)/bin/python -m compileall -q -j 0 $(@D)/lib >/dev/null 2>&1 || true  # on all cores; pip would take one
+	@$(@D)/bin/python -m compileall -q -j 0 $(@D)/lib >/dev/null 2>&1 || true  # on all cores; pip would use one
 	@touch $@

@@ -26,7 +26,7 @@ import mpmath
 import sympy
 from lark import Lark, LarkError, Transformer, v_args
 
-# Work is refused before it starts where it is larger than any of 5,238 real references needs.
+# Work is refused before it starts if it is more than any of 5,238 real references needs.
 MAX_CHARS = 1000
 MAX_BRACKETS = 100  # opening brackets of one kind
 MAX_FACTORIAL = 20000  # n of n!
@@ -91,7 +91,8 @@ RIGHT_BRACKETS = {"<": ")", "≤": "]"}
 
 
 def finite(value):
-    """Infinity is a bound and an answer, but no number: 2∞, ∞ + 5, 1/0 and x = ∞ have no value."""
+    """The value itself; raises ValueError where it is no number. Infinity is a bound and an answer, but not a number here:
+    2∞, ∞ + 5, 1/0 and x = ∞ have no value."""
     is_number = isinstance(value, sympy.Expr | sympy.MatrixBase)
     if not is_number or value in INFINITE:
         raise ValueError("not a finite number")
@@ -105,7 +106,7 @@ def is_real(value) -> bool:
 
 
 def small(n):
-    """n of n!, if that is not too large to write out."""
+    """n itself; raises ValueError where n! is too large to write out."""
     is_number = finite(n).is_number
     if is_number and not abs(n.evalf(5)) <= MAX_FACTORIAL:
         raise ValueError("too large to write out")
@@ -113,7 +114,7 @@ def small(n):
 
 
 def power(base, exponent):
-    """base^exponent, if the numbers in it are not too large to write out."""
+    """base^exponent; raises ValueError where its numbers are too large to write out."""
     if finite(exponent).is_number and finite(base) not in (0, 1, -1):
         numbers = base.atoms(sympy.Rational)
         bits = [max(n.p.bit_length(), n.q.bit_length()) for n in numbers]
@@ -124,7 +125,7 @@ def power(base, exponent):
 
 
 def interval(left: str, low, high, right: str) -> sympy.Set | Parts:
-    """[a, b): a set of numbers if the ends are numbers, else its parts."""
+    """The interval [a, b) or the like: a set of numbers if both ends are numbers, else its parts."""
     if not (is_real(low) and is_real(high)):
         kind = left + right
         return Parts("tuple" if kind == "()" else kind, (low, high))
@@ -134,7 +135,7 @@ def interval(left: str, low, high, right: str) -> sympy.Set | Parts:
 
 
 def as_set(value) -> sympy.Set | None:
-    """A set of numbers, also where it is written as (1, 2), as {1, 2} or as bounds of a symbol. A list is none."""
+    """The set of numbers that is written as an interval, as (1, 2), as {1, 2} or as bounds of a symbol; else None."""
     if isinstance(value, Solution):
         value = value.numbers
     if isinstance(value, Parts):
@@ -148,7 +149,8 @@ def as_set(value) -> sympy.Set | None:
 
 
 def stated_set(numbers: sympy.Set) -> sympy.Set | Parts:
-    """A finite set is like one in braces. Sets that leave nothing state nothing: they are not the empty set."""
+    """The set as a value: a finite set becomes the same as one in braces. Raises ValueError where no number is left: such
+    an answer states nothing, and is not the answer ∅."""
     if numbers == sympy.EmptySet:
         raise ValueError("states nothing")
     if isinstance(numbers, sympy.FiniteSet):
@@ -157,7 +159,8 @@ def stated_set(numbers: sympy.Set) -> sympy.Set | Parts:
 
 
 def solution(a, sign: str, b) -> Solution | None:
-    """What a < b (≤, ≠) leaves for a bare symbol beside a number; |x| < b, too. Nothing else is solved."""
+    """The numbers that a < b (≤, ≠) leaves for x if one side is a symbol x, or the left one |x|, and the other side is a
+    number. Nothing else is solved: None."""
     symbol, number = (a, b) if is_real(b) else (b, a)
     is_absolute = symbol is a and isinstance(a, sympy.Abs) and sign != "≠"
     if is_absolute:
@@ -179,7 +182,7 @@ def solution(a, sign: str, b) -> Solution | None:
 
 
 def combined(operation, items) -> Solution | None:
-    """The union or intersection of several bounds of one symbol; None if they are not such."""
+    """The union or intersection of several bounds of one symbol; None if the items are anything else."""
     symbols = {item.symbol if isinstance(item, Solution) else None for item in items}
     if len(symbols) > 1 or None in symbols:
         return None
@@ -191,7 +194,7 @@ def combined(operation, items) -> Solution | None:
 
 @v_args(inline=True)
 class ValueBuilder(Transformer):
-    """One method for each word of the grammar: what it is in sympy."""
+    """Builds sympy's objects: one method for each alias of the grammar."""
 
     def number(self, text):
         digits, _, exponent = text.lower().partition("e")
@@ -259,7 +262,8 @@ class ValueBuilder(Transformer):
     # what is more than one number
 
     def several(self, *items):
-        """A list. Bounds of one symbol are an intersection if "and" joins them, also if a comma does and leaves some."""
+        """A list. But bounds of one symbol become their intersection if they are joined by "and", or by commas and the
+        intersection is not empty; else their union if they are joined by "or" or by commas."""
         values, signs = items[::2], set(items[1::2])
         both = combined(sympy.Intersection, values) if "∨" not in signs else None
         if both and both.numbers == sympy.EmptySet:
@@ -306,7 +310,7 @@ class ValueBuilder(Transformer):
 
     def union(self, *values):
         sets = [as_set(value) for value in values]
-        if None in sets:  # intervals with symbols
+        if None in sets:  # intervals whose ends have symbols
             return Parts("union", values)
         return stated_set(sympy.Union(*sets))
 
@@ -338,7 +342,7 @@ class ValueBuilder(Transformer):
 PARSER = Lark.open("equality.lark", rel_to=__file__, parser="lalr", transformer=ValueBuilder())
 NAME = PARSER.get_terminal("NAME").pattern.value
 FUNCTION = PARSER.get_terminal("FUNCTION").pattern.value.removeprefix(r"\\")
-VARIABLE = rf"(?![eiπ∞∅…](?!_)){NAME}"  # a letter that stands for something: no constant
+VARIABLE = rf"(?![eiπ∞∅…](?!_)){NAME}"  # a letter that is a variable, not a constant
 
 # What lark, sympy and the bounds above raise for an answer that is not read. NotImplementedError is a RuntimeError.
 ERRORS = (
@@ -369,7 +373,8 @@ def read(text: str):
 
 
 def sample(name: str, trial: int) -> sympy.Rational:
-    """A value for a symbol in general position: on a grid x + y would be x_1 + x_2. n is whole; x is negative once."""
+    """A fixed value for a symbol, scattered by a hash: values on a regular grid could make x + y equal x_1 + x_2. Symbols
+    such as n get whole numbers; the others are negative at one trial."""
     scattered = zlib.crc32(f"{name} {trial}".encode())
     if name[0] in "jklmnN":
         return sympy.Integer(scattered % 11 + 2)
@@ -382,7 +387,7 @@ def sample_point(expression, trial: int) -> dict:
 
 @functools.lru_cache(CACHE_SIZE)
 def digits_needed(expression, trial: int) -> int:
-    """250 digits, and more where terms of a sum are so far apart that 250 would lose the smaller one."""
+    """How many digits to compute: 250, or more if terms of a sum are so far apart that 250 would lose the smaller one."""
     point = sample_point(expression, trial)
     terms = {expression}
     for term in expression.atoms(sympy.Add):
@@ -400,7 +405,7 @@ def digits_needed(expression, trial: int) -> int:
 def value_at(expression, trial: int, digits: int) -> tuple | None:
     """(real part, imaginary part) of an expression at a fixed point; None where it has no value."""
     point = sample_point(expression, trial)
-    if trial == NEGATIVE:  # √(a²b) is a√b for lengths: nothing complex where they are negative
+    if trial == NEGATIVE:  # For lengths √(a²b) is a√b, so points are skipped where a term is not real.
         for term in expression.atoms(sympy.Pow, sympy.log) | {expression}:
             if not term.evalf(15, subs=point).is_real:
                 return None
@@ -443,7 +448,8 @@ def differ_clearly(a, b) -> bool:
 
 
 def same_number(a, b) -> bool:
-    """Exactly where both are rational; else to at least 200 digits, at three points or more where there are symbols."""
+    """Whether two expressions are equal: exactly if both are rational, else to at least 200 digits, and at three points or
+    more if there are symbols."""
     are_rational = a.is_Rational and b.is_Rational
     if a == b or are_rational or not INFINITE.isdisjoint((a, b)):
         return a == b
@@ -481,7 +487,8 @@ def same_relation(a: Relation, b: Relation) -> bool:
 
 
 def same_antiderivative(a, b) -> bool:
-    """ln 2x + C is ln x + C: the constant of integration absorbs a number. Another capital is another kind of sum."""
+    """ln 2x + C is ln x + C: the constant of integration absorbs a number. A sum with another capital letter than C is not
+    taken for an antiderivative."""
     symbols = a.free_symbols | b.free_symbols
     names = {symbol.name for symbol in symbols} - {"C"}
     if not names & set("xyztuvs") or any(name[0].isupper() for name in names):
@@ -559,7 +566,7 @@ def same_parts(a: Parts, b: Parts) -> bool:
         return False
     if not are_lists and a.kind != "union":
         return all(map(same, a.items, b.items))
-    for item in a.items + b.items:  # each as often here as there
+    for item in a.items + b.items:  # Each must be in a as often as in b.
         count = sum(same(item, other) for other in a.items)
         if count == 0 or count != sum(same(item, other) for other in b.items):
             return False
@@ -610,7 +617,8 @@ def without_spaces(match: re.Match) -> str:
     return re.sub("[, ]", "", match[0])
 
 
-# (pattern, replacement, example), in this order. Afterwards "…" is text, $ is the dollar, and a relation is one sign.
+# (pattern, replacement, example), applied in this order. Afterwards quotes stand around text, $ means dollars, and every
+# relation is one character.
 REWRITES = [
     # what stands around an answer
     (r"^\s*\*\*(.*)\*\*\s*$", r"\1", "**73** → 73"),
@@ -677,7 +685,7 @@ REWRITES = [
     (r"^((?!\\(?:sin|cos|tan)).)*$", without_degrees, '90° → 90"degree"'),  # outside of functions ° is a unit
     (r'(?:, ?)?"? ?(?<![\\a-zA-Z])and(?![a-zA-Z]) ?"?', "∧", "1, 2, and 3 → 1, 2∧3"),
     (r'(?:, ?)?"? ?(?<![\\a-zA-Z])or(?![a-zA-Z]) ?"?', "∨", '1" or "2 → 1∨2'),
-    # what is named, not its name: a member, an approximation, a class, a point, a function, a set
+    # remove the name of what is stated: of a member, an approximation, a class, a point, a function, a set
     (rf"^ ?{VARIABLE} ?[∈≈≡]", "", r"x ∈ {1, 2} →  {1, 2}"),
     (r", ?[j-n] ?∈ ?(?:\\mathbb ?\{?)?[NZ]\}? ?$", "", r"2πk, k ∈ \mathbb{Z} → 2πk"),
     (r"^ ?[A-Z] ?(?=\(.*,.*\) ?$)", "", "A(1,2) → (1,2)"),
@@ -695,7 +703,7 @@ REWRITES = [
         r"3\frac{1}{2} → {3+\frac{1}{2}}",
     ),
     (r"\\(sin|cos|tan|cot) ?\^ ?\{?-1\}?", r"\\arc\1 ", r"\tan^{-1}(1) → \arctan (1)"),
-    (r"^([^≈]*)≈([^≈]*)$", r"\2=\1", "π ≈ 3.14 →  3.14=π "),  # what is exact is stated
+    (r"^([^≈]*)≈([^≈]*)$", r"\2=\1", "π ≈ 3.14 →  3.14=π "),  # The last part, the exact one, counts.
     (r"\|([^|]*)\|", r"\\abs(\1)", r"|-5| → \abs(-5)"),
     (
         r"(?:^|(?<=[,∧∨])|(?<=\\\{))(?:[^,∧∨\\]|\\[^{}])*[±∓](?:[^,∧∨\\]|\\[^{}])*",
@@ -719,7 +727,8 @@ REWRITES = [
 
 @functools.lru_cache(CACHE_SIZE)
 def normalise(text: str) -> str:
-    """Returns one spelling: no delimiters, boxes or sizes, text in double quotes, single spaces."""
+    """Returns one spelling: no delimiters, boxes or sizes, text in double quotes, single spaces. Raises ValueError where
+    the text is too long or has two boxed answers."""
     brackets = max(map(text.count, "([{"))
     if len(text) > MAX_CHARS or brackets > MAX_BRACKETS or text.count("\\boxed") > 1:
         raise ValueError("too long, or two answers")
@@ -747,12 +756,12 @@ def read_units() -> dict[str, str]:
 
 
 UNITS = read_units()
-# Between quotes, a power behind them, and what joins two of them: "m"/"s"^2.
+# Units after normalise: text in quotes, its powers, and the signs that join two such texts, as in "m"/"s"^2.
 UNIT_TEXT = r'(?:"(?:[^"\d]|\^[{-]*\d)*"(?:\^[{-]*\d\}?)?[ */]*)*'
 
 
 def known_unit(word: str) -> str | None:
-    """The unit of a word, which may have a plural's s and, if it is more than a symbol, capitals."""
+    """The unit of a word, which may have a plural's s and, if it is longer than one letter, capitals."""
     lower = word.lower() if len(word) > 1 else word
     for form in (word, lower, lower.removesuffix("s")):
         if form in UNITS:
@@ -778,13 +787,13 @@ def split_unit(text: str) -> tuple[str, str, bool]:
     return value, unit, None not in names
 
 
-# Words that may stand before "=": what is sought, not a remark about it.
+# Words that may stand before "=" as the name of the sought quantity; any other words there are a remark.
 SOUGHT = """the a of is total answer solution result value number sum difference product quotient ratio rate probability
     chance area perimeter circumference volume surface length width height depth radius diameter distance speed velocity
     time age angle slope side base weight mass cost price profit mean median mode average range variance maximum minimum
     max min lim remainder"""
 SOUGHT = set(SOUGHT.split())
-# A greatest common divisor is a condition (gcd(m,n) = 1) as often as it is sought.
+# gcd and lcm are left out, because an equation with them is often a condition: gcd(m,n) = 1.
 COMMANDS = set(re.findall("[a-zA-Z]{2,}", NAME + FUNCTION)) - {"gcd", "lcm"} | {"frac", "deg"}
 
 
@@ -811,7 +820,7 @@ def is_name(text: str) -> bool:
 
 
 def symbols_in(text: str) -> set[str]:
-    """The letters of an expression, those of commands and of words left out."""
+    """The symbols of an expression, without the letters of commands and of words."""
     text = re.sub(rf'\\(?:frac|binom|{FUNCTION})|"[^"]*"', " ", text)
     return set(re.findall(NAME, text))
 
@@ -841,7 +850,7 @@ def all_stated(text: str) -> str:
 
 
 def percent_number(text: str):
-    """50 of 50%; None of 5 + 3%."""
+    """The number 50 for the text 50%; None for 5 + 3%."""
     number = read(text.removesuffix("%"))
     if not text.endswith("%") or not isinstance(number, sympy.Expr):
         return None
@@ -849,7 +858,8 @@ def percent_number(text: str):
 
 
 def is_rounding(decimal: str, value) -> bool:
-    """0.33 is a rounding of a value of 1/3. A finite decimal is never rounded: 0.54 is not 0.5."""
+    """Whether the decimal is the value rounded: 0.33 is 1/3 rounded. A value that is a finite decimal itself is never
+    rounded: 0.5 does not stand for 0.54."""
     match = re.fullmatch(r" ?-?(?:\d*\.(\d\d+)|\d\d+\.(\d)) ?", decimal)
     if not match or value.free_symbols:
         return False
@@ -866,7 +876,7 @@ def equal(a: str, b: str) -> bool:
     names = re.findall(r"(?<![^,∧∨]) ?([a-zA-Z]) ?=", f"{a},{b}")
     if ("=" in a) != ("=" in b):
         a, b = all_stated(a), all_stated(b)
-    if len(names) > 1 and names == sorted(set(names)):  # x=1,y=2 is (1,2): as the names, so the order
+    if len(names) > 1 and names == sorted(set(names)):  # x=1,y=2 is (1,2): names in alphabetical order
         a, b = f"({a})", f"({b})"
     a, unit_a, is_known_a = split_unit(a)
     b, unit_b, is_known_b = split_unit(b)
@@ -890,7 +900,7 @@ def equal(a: str, b: str) -> bool:
 
 CHOICE = re.compile(r'"?\(?([A-E])(?:[).:]+(?!"? *(?:,|\([A-E]\)))"? *(.*)|"?)', re.IGNORECASE)
 BESIDE = r"(?i)\b[a-e]\b|[∧∨]|,(?![^(\[]*[)\]])"  # another letter, or an alternative outside of brackets
-# Rather than a product of letters: quoted, or four letters, or three with a capital.
+# Words rather than a product of letters: with quotes, or four letters in a row, or three of which the first is a capital.
 WORDS = re.compile(r"""(?=.*("|[A-Za-z]{4}|[A-Z][A-Za-z]{2}))["A-Za-z .'-]+""")
 LETTERS = re.compile(r"""[ "]*\(?[ "]*[A-Za-z](?:["A-Za-z .']|(?<=[A-Za-z]{2})-(?=[A-Za-z]{2}))*\)?[ ".]*""")
 BASE_OR_TIME = re.compile(r"[\dA-F]+_\{-?\d+\}|\d?\d:[0-5]\d")  # read as they are written
@@ -905,7 +915,10 @@ def same_words(a: str, b: str) -> bool:
 
 
 def same_choice(answer: str, option: re.Match, choices: dict[str, str]) -> bool:
-    """The letter, alone or with its content, or, where that is not known, with any one. A known content alone."""
+    """Whether the answer gives the option's letter, alone or with its content, or only the content if `choices` has it.
+
+    If neither `choices` nor the reference gives the content, any text after the letter will do that names no other option.
+    """
     letter = option[1]
     chosen = CHOICE.fullmatch(normalise(answer))
     if choices and not chosen:  # the content of this letter, and of no other
@@ -919,7 +932,7 @@ def same_choice(answer: str, option: re.Match, choices: dict[str, str]) -> bool:
 
 @functools.lru_cache(CACHE_SIZE)
 def without_punctuation(text: str) -> str:
-    """Spaces, full stops and quotes are dropped, but for those beside digits: 1 2 is not 12."""
+    """The text without spaces, full stops and quotes, except for those between digits: 1 2 is not 12."""
     return re.sub(r'(?<![\d ."])[ ."]+|[ ."]+(?![\d ."])', "", text)
 
 

@@ -2,14 +2,15 @@
 
     python launch.py configs/tiny.py [--key=value …]
 
-This file is the single controller: plain sequential Python that says what happens in which order and keeps the books. The
+This file is the single controller: plain sequential Python that says what happens in which order and records it. The
 networks are in the Workers, one process per GPU (workers.py), and each call of a method of `workers` runs on all of them.
 
     settings ─► questions ─► Ray, Workers ─► train: generate ─► values ─► advantages ─► critic ─► policy ─► sync ─┐
                                                        ▲                                                         │
                                                        └──────────────── evaluate, log, save ◄───────────────────┘
 
-In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, report.html, tensorboard/, samples/, tokens/, logs/, policy/, critic/.
+In:   a config.   Out: runs/NAME/ with metrics.jsonl, curves.png, report.html, tensorboard/, samples/, tokens/, logs/,
+                       checkpoints/, policy/ and critic/.
 torch, Ray and vLLM are imported only after the settings and the data have been checked.
 """
 
@@ -58,7 +59,7 @@ from workers import (
     rng_for,
 )
 
-# Ray listens on every address of this machine; a token keeps others out. Ray reads this when it is imported.
+# Ray listens on every address of this machine; a token keeps others out. Ray reads this variable when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 # ---- The algorithm -----------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def train(cfg, workers, tasks, log):
         # Policy: one update on all samples, strictly on-policy; with more updates each takes a part.
         metrics |= update_policy(cfg, workers, batch, step, tasks.hidden_size)
 
-        # Sync: the new policy into vLLM, bucket by bucket, proved complete.
+        # Sync: send the new policy to vLLM, bucket by bucket, and check that all of it has arrived.
         workers.sync()
 
         # Log, evaluate, save.
@@ -134,12 +135,12 @@ def train(cfg, workers, tasks, log):
 
 
 def update_policy(cfg, workers, batch, step, hidden_size):
-    """The policy's updates of one step, on the samples that the settings leave to it. Returns metrics."""
+    """The policy's updates of one step, on the samples that no setting leaves out. Returns metrics."""
     import ppo
     from packing import plan_samples, plan_updates
 
     kept = ppo.policy_samples(batch, cfg)
-    # With one policy update the ratio is 1, and three of these do not exist.
+    # With one policy update a step the ratio is always 1, and these three metrics do not exist.
     metrics = {"clipfrac_low": None, "clipfrac_high": None, "approx_kl": None}
     metrics["policy_samples"] = len(kept) / len(batch.lengths)
     if step > cfg.critic_warmup_steps and len(kept) >= cfg.policy_updates_per_step:
@@ -154,17 +155,17 @@ def update_policy(cfg, workers, batch, step, hidden_size):
 
 
 def mean(values):
-    """The mean, or None of nothing."""
+    """The mean, or None if there are no values."""
     values = list(values)
     return float(np.mean(values)) if values else None
 
 
-# Outcomes of grading in which no answer was compared with the reference; their shares are metrics.
+# Outcomes where no answer was compared with the reference, or where a task file failed; their shares are metrics.
 UNGRADED = ("cut_off", "no_answer", "refused", "timed_out", "backstop", "crashed", "task_error")
 
 
 def response_metrics(samples):
-    """What the responses were like. A length is None where there is no such response."""
+    """Rewards, lengths and other statistics of the responses. A length is None where there is no such response."""
     right = [len(sample.response_ids) for sample in samples if sample.correct]
     wrong = [len(sample.response_ids) for sample in samples if not sample.correct]
     rewards = [sample.reward for sample in samples]
@@ -191,7 +192,7 @@ def response_metrics(samples):
 
 
 def reflection_metrics(samples):
-    """How often a response reflects, and how long right responses are that do (ORZ's paper, Figure 4)."""
+    """Mean count of reflection patterns, and mean length of the right responses with any (ORZ's paper, Figure 4)."""
     counts, lengths = [], []
     for sample in samples:
         count = sum(sample.stats.get(word, 0.0) for word in REFLECTION)
@@ -202,7 +203,7 @@ def reflection_metrics(samples):
 
 
 def group_metrics(batch, group_size):
-    """What a question's responses have in common: whether one of them is right, whether all have one reward."""
+    """The share of questions with at least one right response, and of those whose responses all have the same reward."""
     correct = batch.correct.reshape(-1, group_size)  # [prompts, G]
     rewards = batch.rewards.reshape(-1, group_size)
     is_equal = rewards.min(axis=1) == rewards.max(axis=1)  # [prompts]
@@ -210,7 +211,8 @@ def group_metrics(batch, group_size):
 
 
 def evaluate(cfg, workers, tasks, log, step):
-    """eval_samples responses to every held-out question. Returns {data set: metrics}, and their mean as "overall"."""
+    """Sample eval_samples responses to every held-out question. Returns {data set: metrics}, and the mean of several
+    data sets as "overall"."""
     results = {}
     for name, prompts in tasks.eval.items():
         samples = workers.evaluate(prompts, cfg.eval_samples, step)
@@ -246,12 +248,12 @@ def question_scores(group):
 
 
 def majority_is_correct(group):
-    """Whether the most frequent answer, as it is spelled, is right. A response without an answer does not vote."""
+    """Whether the most frequent answer is right; answers are counted as strings. Responses without one do not vote."""
     answers = [extract_answer(sample.text) for sample in group]
     votes = Counter(answer for answer in answers if answer)
     if not votes:
         return False
-    winner = max(votes, key=votes.get)  # of equally frequent ones, the first
+    winner = max(votes, key=votes.get)  # the first of several equally frequent answers
     return any(sample.correct for sample, answer in zip(group, answers) if answer == winner)
 
 
@@ -283,12 +285,13 @@ def start_ray(log):
 
 
 def join_cluster(address):
-    """Returns None where the address is "auto" and no cluster runs on this machine. Raises UserError where joining fails."""
+    """Join a running Ray cluster. Returns Ray's context, or None if the address is "auto" and no cluster runs on this
+    machine. Raises UserError where joining fails."""
     import ray
 
     if address.startswith("ray://"):
         raise UserError(
-            f"RAY_ADDRESS={address} is Ray's client: run this on a node of the cluster, with RAY_ADDRESS=auto"
+            f"RAY_ADDRESS={address} is Ray's client port: run this on a node of the cluster, with RAY_ADDRESS=auto"
         )
     try:
         if ":" in address:  # Where nobody listens Ray would wait for minutes and then end this process.
@@ -298,11 +301,11 @@ def join_cluster(address):
         if address == "auto" and isinstance(error, ConnectionError):
             return None
         reason = str(error).splitlines()[0]
-        if "token" in reason.lower():  # Ray's words for a missing or another token differ.
-            reason = "it and this run have different tokens: start it with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=… and set"
-            reason += " both here, or set RAY_AUTH_MODE=disabled for both"
+        if "token" in reason.lower():  # Ray has other words for a missing token than for a wrong one.
+            reason = "its token is not this run's: start the cluster with RAY_AUTH_MODE=token RAY_AUTH_TOKEN=… and set the"
+            reason += " same two variables here, or set RAY_AUTH_MODE=disabled in both places"
         raise UserError(
-            f"cannot join the Ray cluster at {address!r}: {reason}; RAY_ADDRESS=local starts another"
+            f"cannot join the Ray cluster at {address!r}: {reason}; RAY_ADDRESS=local starts a new one"
         ) from error
 
 
@@ -310,13 +313,14 @@ def start_cluster():
     """Start a Ray cluster of this run's own, with a token of its own."""
     import ray
 
-    os.environ["RAY_ADDRESS"] = "local"  # A restart starts its own, too.
+    os.environ["RAY_ADDRESS"] = "local"  # After a restart the run starts a cluster of its own again.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     return ray.init("local", include_dashboard=False, **QUIET)
 
 
 def run(cfg, argv):
-    """Everything between good settings, which `argv` gave, and the exported networks. Returns the exit code."""
+    """Load the data, make the run's folder, and run with restarts. `argv` are the arguments that gave the settings.
+    Returns the exit code."""
     # A task file that cannot be loaded, and data that cannot be read, end the run before it has begun.
     grader = Grader(2, task_file(cfg, cfg.task))
     has_own_questions = "questions" in grader.task_functions
@@ -351,7 +355,7 @@ def run(cfg, argv):
 
 
 def load_data(cfg):
-    """The questions of all files, fetched where they are ORZ's and not there yet: path → Questions."""
+    """Load the questions of all files: path → Questions. Those of ORZ's files that are missing are downloaded first."""
     check_has_questions(cfg)
     cfg.train_data = [prepare.fetched(path) for path in cfg.train_data]
     cfg.eval_data = [prepare.fetched(path) for path in cfg.eval_data]
@@ -361,14 +365,14 @@ def load_data(cfg):
 def run_with_restarts(cfg, argv, tasks, log):
     """Run, and run again from the newest checkpoint after the death of a Worker or a time limit. Returns the exit code."""
     stop_request = StopRequest()
-    failed_steps = []  # the newest checkpoint at each death
+    failed_steps = []  # the step of the newest checkpoint at each death
     while True:
         try:
             return run_once(cfg, argv, tasks, log, stop_request)
         except deaths() as error:
             report(error, log)
             step = newest_whole_checkpoint(cfg, log)
-            # A signal may have ended the Workers along with this process.
+            # The signal that asks this process to end may have killed the Workers, too.
             if stop_request.signal or not may_restart(failed_steps, step, cfg.max_restarts):
                 return os.EX_TEMPFAIL
             failed_steps.append(step)
@@ -383,7 +387,7 @@ def deaths():
 
 
 def may_restart(failed_steps, step, max_restarts):
-    """Never twice from the same step: a death that follows from the data would come back for ever."""
+    """Whether the run may restart: never twice from the same step, because a death that the data causes would recur."""
     return step not in failed_steps and len(failed_steps) < max_restarts
 
 
@@ -423,9 +427,10 @@ def run_once(cfg, argv, tasks, log, stop_request):
 
 
 def save_what_is_whole(workers, log):
-    """After an exception: a checkpoint of the last step whose updates are complete, if the learners are still those."""
+    """After an exception: save a checkpoint of the last step whose updates are complete, if the learners' weights are
+    still those of that step."""
     if workers.networks_step is None:
-        log.say("the networks are amid the updates of a step and are not saved", bold=True)
+        log.say("the networks are not saved: the updates of a step were not finished", bold=True)
         return
     try:
         workers.save()
@@ -439,7 +444,7 @@ def report(error, log):
     with log.best_effort("error.txt"):
         (log.dir / "error.txt").write_text("".join(traceback.format_exception(error)))
     cause = getattr(error, "cause", None) or error  # what a Worker raised, without Ray's wrapping
-    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # Of a death Ray names the node.
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:600]  # Ray names a dead Worker's node.
     log.say(f"error: {reason} (see {log.dir}/error.txt)")
 
 
@@ -454,7 +459,7 @@ def main(argv):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first step; from then on StopRequest notes it
+    except KeyboardInterrupt:  # before StopRequest.listen(), which handles SIGINT from then on
         print("stopped before the first step", file=sys.stderr)
         return 130
 

@@ -1,7 +1,7 @@
 """A run's folder and what a run prints: metrics.jsonl, TensorBoard, samples, curves.png, report.html, the table of steps.
 
 In:   the settings, and for each step a dict of metrics, in which None is a number that does not exist.
-Out:  files in out_dir/NAME, which is made here, and lines of at most 110 columns on the terminal.
+Out:  files in out_dir/NAME, which is made here, and lines on the terminal, with tables that fit its width.
 
 The terminal shows the metrics that a person watches. metrics.jsonl holds all of them.
 """
@@ -100,7 +100,7 @@ class DetachableStream:
             self.detach()
 
     def detach(self):
-        """Send what is still buffered, and all that comes, to nowhere."""
+        """Send what is still buffered, and all later output, to /dev/null."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)
@@ -110,7 +110,7 @@ class DetachableStream:
 
 
 def outlive_terminal():
-    """From here on, printing never raises. A terminal without UTF-8 shows escapes."""
+    """Make sure that printing never raises, from here on. A terminal without UTF-8 shows escapes."""
     sys.stdout.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stdout, DetachableStream):
         sys.stdout, sys.stderr = DetachableStream(sys.stdout), DetachableStream(sys.stderr)
@@ -159,9 +159,9 @@ class Log:
         os.replace(self.dir / "config.tmp", self.dir / "config.json")
 
     def discard(self):
-        """Remove the folder of a run that has not begun, and those it was made in, unless they were there before.
+        """Remove the folder of a run that has not begun, and its parent folders, unless they were there before.
 
-        A restart may find too few machines for a run that has begun, or has reported an error: that folder stays.
+        The folder of a run that has begun, or has reported an error, stays: a restart, too, may end in a UserError.
         """
         has_begun = files_in(self.dir) - {"config.json", "samples", "logs"}
         if self.new and not has_begun:
@@ -200,8 +200,8 @@ class Log:
     def rows(self):
         """The whole rows of metrics.jsonl.
 
-        When a run goes on, cut() has left those of the steps up to its checkpoint. What a fork must remember from step to
-        step can therefore stand there: a list in the metrics of each step.
+        When a run goes on, cut() has left those of the steps up to its checkpoint. A fork of this project can therefore
+        keep there what it must remember from step to step: a list in the metrics of each step.
         """
         return read_rows(self.metrics.name)[0]
 
@@ -215,7 +215,7 @@ class Log:
 
     @contextlib.contextmanager
     def best_effort(self, what, errors=OSError):
-        """Let a failed write of something that training does not need pass: it is said once, and counted."""
+        """Ignore a failed write of something that training does not need: the first is printed, and all are counted."""
         try:
             yield
         except errors as error:
@@ -296,8 +296,8 @@ class Log:
     def curves(self):
         """Draw curves.png anew. A picture that fails does not end the run.
 
-        A process of its own draws it, for two reasons: whatever matplotlib keeps in memory after each of a month's
-        pictures goes with the process, and in its own process group it does not receive the terminal's Ctrl-C.
+        A process of its own draws it, for two reasons: the memory that matplotlib keeps after each picture is freed when
+        the process ends, and in a process group of its own it does not receive the terminal's Ctrl-C.
         """
         with self.best_effort("curves.png"):
             subprocess.run([sys.executable, TOOLS / "plot.py", self.dir], process_group=0)
@@ -305,7 +305,7 @@ class Log:
     def report(self):
         """Begin to make report.html anew, in a process of its own that the run does not wait for (tools/report.py).
 
-        One that is still at work would show less than the new one, and is ended.
+        If the process of an earlier report is still at work, it is ended, because its report would show less.
         """
         if self.cfg.report_samples == 0:
             return
@@ -317,7 +317,7 @@ class Log:
                 self.report_process = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
 
     def check_report(self, seconds=0):
-        """Wait so long for a report that is being made, and say where it has failed."""
+        """Wait at most `seconds` for a report that is being made, and print a line if it has failed."""
         if self.report_process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -444,9 +444,9 @@ class Log:
         self.check_report(REPORT_SECONDS if ending == "done" else 0)
         for what, count in self.failed_writes.items():
             self.say(f"  {what} could not be written {count} times")
-        self.say(f"  all of it is in {self.dir}")
+        self.say(f"  the results are in {self.dir}")
         if (self.dir / "report.html").exists():
-            self.say("  report.html there shows it: open it in a browser")
+            self.say("  open report.html there in a browser to read them")
         saved = [int(path.name[5:]) for path in self.dir.glob("checkpoints/step_*[0-9]")]
         checkpoint = self.best(saved) or max(saved, default=None)
         program = [sys.orig_argv[0], short_path(ROOT / "launch.py")]
@@ -457,7 +457,7 @@ class Log:
 
 
 def read_rows(path):
-    """The rows of a metrics.jsonl, and how many lines are none. A crash cuts the last line, a power loss any."""
+    """The rows of a metrics.jsonl, and the number of broken lines. A crash may break the last line, a power loss any."""
     rows, num_broken = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -511,7 +511,7 @@ def changed_content(before, content):
 
 
 def read_settings(folder):
-    """What the folder's config.json holds. Raises UserError if it is no dict in JSON."""
+    """What the folder's config.json holds. Raises UserError if it is not a JSON object."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -520,7 +520,8 @@ def read_settings(folder):
 
 
 def check_same_version(folder, before, settings):
-    """Raise UserError if other code began this run: it had another RUN_VERSION, or settings of other names."""
+    """Raise UserError if another version of the code began this run: with another RUN_VERSION, or with settings of
+    other names."""
     version = before.get("run_version", 1)  # Version 1 did not write it down.
     if version == RUN_VERSION and before.keys() == settings.keys():
         return
@@ -580,7 +581,7 @@ def table_row(columns, cells):
 
 
 def minutes_left(step, last_step, first_step, seconds_since_first):
-    """Minutes until last_step, as fast as since first_step; None at first_step, where nothing has been measured."""
+    """Minutes until last_step at the mean speed since first_step; None at first_step, when nothing has been measured."""
     if step == first_step:
         return None
     seconds_per_step = seconds_since_first / (step - first_step)
@@ -602,7 +603,7 @@ def find_warnings(metrics, previous_drift_means):
     return found
 
 
-# Drift up to here is rounding in fp32, where it changes several-fold from step to step and means nothing.
+# Drift up to this size is rounding in fp32: it changes several-fold from step to step and means nothing.
 ROUNDING_DRIFT = 1e-4
 
 
@@ -645,7 +646,7 @@ def next_commands(cfg, program, argv, step, checkpoint):
         export = [python, short_path(TOOLS / "export.py"), folder, str(checkpoint)]
         commands.append((f"export the checkpoint of step {checkpoint} as Hugging Face folders", export))
     if step > 0 and cfg.eval_data:
-        # An evaluation alone does not allow what these settings may say.
+        # In an evaluation these settings must have the values of configs/eval_only.py.
         arguments = with_settings(argv, steps=None, critic_model=None, kl_coef=None, eval_every=None)
         name = f"{cfg.name}_evaluation"
         arguments = with_settings(arguments, eval_only=True, model=f"{folder}/policy", name=name)
@@ -660,7 +661,7 @@ def next_commands(cfg, program, argv, step, checkpoint):
 
 
 def with_settings(argv, **settings):
-    """The arguments with each of these settings in place of what they said of it. None leaves a setting out."""
+    """The arguments with these settings replaced, or added at the end. A setting with the value None is removed."""
     kept = []
     for argument in argv:
         key = argument.removeprefix("--").partition("=")[0]
@@ -692,7 +693,7 @@ def shell_text(command, width):
 def sample_line(sample, question):
     """A response as a line of samples/*.jsonl: with its question, its token ids and how it was graded.
 
-    The Workers call this, each for its own responses: the 8,192 of a step of ORZ's take 3 s.
+    The Workers call this, each for its own responses, because the 8,192 of an ORZ step take 3 s in one process.
     """
     row = vars(sample) | {"response": sample.text} | question._asdict()
     for name in ("logprobs", "text", "line"):
@@ -701,7 +702,7 @@ def sample_line(sample, question):
 
 
 def flatten(metrics, prefix=""):
-    """{"eval": {"a": 1}, "b": None, "c": [2, 3]} → {"eval/a": 1}. A list is no curve; metrics.jsonl alone has it."""
+    """{"eval": {"a": 1}, "b": None, "c": [2, 3]} → {"eval/a": 1}. Lists are not curves: only metrics.jsonl has them."""
     flat = {}
     for name, value in metrics.items():
         if isinstance(value, dict):

@@ -5,7 +5,7 @@ Out:  one number per response token: log π(a_t|s_t) and the entropy of π(·|s_
 
     input_ids   p p r r r r r r p p p r r     [T]  samples a and b of one question, c of another: prompts p, responses r
                 a         b     c
-    sample      its queries, what it adds      key_index: all its tokens     state_index: s_t ends here
+    sample      its queries: tokens it adds    key_index: all its tokens     state_index: s_t ends here
     a           0 1 2 3 4                      0 1 2 3 4                      1 2 3
     b           5 6 7                          0 1 5 6 7                      1 5 6
     c           8 9 10 11 12                   8 9 10 11 12                   10 11
@@ -32,11 +32,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.models import VALUE_HEAD, auto_class, dropout_settings, is_token_id, network_without_memory
 
-# Logits held at once. 2^28 fp32 numbers are 1 GiB: 1,766 tokens of a 151,936-word vocabulary.
+# How many logits are held at once. 2^28 fp32 numbers are 1 GiB: 1,766 tokens of a 151,936-word vocabulary.
 MAX_LOGITS = 2**28
 
 
-# What transformers gives to the attention of some architectures beside its inputs: it changes the scores.
+# Arguments that transformers passes to the attention of some architectures and that change its scores.
 NOT_PLAIN = ("softcap", "s_aux", "position_bias", "score_mod")
 
 
@@ -82,7 +82,7 @@ def varlen_options(varlen_attn, scaling, is_grouped, sliding_window):
     `enable_gqa` is left out where the function does not have it: torch 2.11 takes grouped heads as they are, torch 2.13
     refuses them without it.
     """
-    # Tokens seen to the left and to the right. Here, too, the last query stands at the last key.
+    # How many tokens a query sees to its left and to its right. varlen_attn, too, puts the last query at the last key.
     num_left = sliding_window - 1 if sliding_window else -1
     options = {"scale": scaling, "window_size": (num_left, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -125,7 +125,7 @@ ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 def token_logprobs(hidden, targets, weight, bias, temperature):
     """log softmax(h Wᵀ + b)[target] and the entropy: hidden [C, H], weight [V, H], targets [C] → both fp32 [C]."""
     logits = F.linear(hidden, weight, bias).float()  # [C, V]
-    if temperature != 1:  # This would copy the largest tensor there is.
+    if temperature != 1:  # At 1 a division would only copy the largest tensor there is.
         logits = logits / temperature
     logprobs = logits.log_softmax(-1)  # [C, V]
     with torch.no_grad():  # The entropy is reported, not optimised.
@@ -200,14 +200,14 @@ def hidden_states(backbone, pack):
 
 
 def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=False):
-    """A Policy, or where `kind` is "critic" a Critic: of a base model (fresh value head) or a saved critic (its own).
+    """Load a Policy, or a Critic if `kind` is "critic": from a base model (new value head) or a saved critic (its own).
 
-    Python code in the folder is run only with `trust`; a model that needs it is refused (ValueError) without. Raises
-    ValueError, too, where the folder has no tensor for a parameter.
+    Python code in the folder is run only with `trust`; without it a model that needs such code raises ValueError. So does
+    a folder that has no tensor for a parameter.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     for name in dropout_settings(config):
-        setattr(config, name, 0.0)  # data/load.py has said so
+        setattr(config, name, 0.0)  # data/models.py has told the user.
     hf, loading = auto_class(kind).from_pretrained(
         path,
         config=config,
@@ -219,7 +219,7 @@ def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=
     )
     if loading["missing_keys"]:
         raise ValueError(f"{path}: has no tensors for {sorted(loading['missing_keys'])[:9]}")
-    # Where vLLM has no version of its own of an architecture, it patches transformers' class to compile: not ours.
+    # Where vLLM has no implementation of its own, it patches transformers' class to be compiled. This model must not be.
     hf.base_model.do_not_compile = True
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
@@ -237,8 +237,8 @@ def load_network(kind, path, dtype, gradient_checkpointing=False, seed=0, trust=
 def token_ids(path):
     """The token ids of a folder's config.json and generation_config.json, as a GenerationConfig without anything else.
 
-    What else it may hold are defaults of sampling. An exported policy must not keep them: vLLM as a server would cut every
-    answer at a base model's max_new_tokens. And transformers refuses to save some of what hub models have there.
+    The other fields are sampling defaults. An exported policy must not keep them: a vLLM server would cut every answer at
+    the base model's max_new_tokens, and transformers refuses to save some of the values that hub models have.
     """
     named = {}
     for name in ("config.json", "generation_config.json"):
@@ -286,7 +286,7 @@ def plain_buffers(kind, path, dtype, trust=False):
 
 
 def stays_in_fp32(hf, name):
-    """Whether transformers keeps a tensor of this name in fp32 whatever the model's dtype is: its class names patterns."""
+    """Whether the model's class lists this tensor's name among those that stay in fp32, whatever the model's dtype is."""
     patterns = hf._keep_in_fp32_modules_strict or ()
     return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 

@@ -31,16 +31,16 @@ MOST_QUESTIONS = 10_000_000  # of a split; a generator that never ends would fil
 
 
 class TaskError(Exception):
-    """A function of the task file is not as it must be, or returned something of no use. Its text says what."""
+    """A task file lacks a function or has a wrong one, or a function returned a wrong value. The text says which."""
 
 
 class OwnTask:
     """The functions of one task file."""
 
     def __init__(self, path, text):
-        """Run the file, whose text is given, so that a file which is edited during a run keeps its meaning for that run.
+        """Run the task file's text. Because the text is given, editing the file during a run does not change that run.
 
-        An error of the file is in `error`; the functions are then of no use.
+        If the file has an error, `error` says which, and the functions must not be called.
         """
         self.path = path
         self.functions = {}
@@ -65,7 +65,7 @@ class OwnTask:
             raise TaskError(f"defines none of {', '.join(PARAMETERS)}")
 
     def describe(self, error, name=None):
-        """An error in one line, with the file and the line in which it happened, or else that of the function `name`."""
+        """An error as one line, with the file and the line where it happened, or else the line of the function `name`."""
         line = failing_line(error, self.path)
         code = getattr(inspect.unwrap(self.functions.get(name)), "__code__", None)
         if line == 1 and code:
@@ -109,7 +109,7 @@ class OwnTask:
 
 
 def takes(function, parameters):
-    """Whether this is a function that can be called with these parameters, by their order."""
+    """Whether this is a function that can be called with these parameters in this order."""
     try:
         inspect.signature(function).bind(*parameters)
         return True
@@ -118,7 +118,7 @@ def takes(function, parameters):
 
 
 def as_json(question, place):
-    """A question as one line of JSON. Raises TaskError, which names the place, where it is no dict or has no such form."""
+    """A question as one line of JSON. Raises TaskError, which names the place, where it is no dict or has no JSON form."""
     if not isinstance(question, dict):
         raise TaskError(f"{place} is {question!r:.80}, not a dict")
     try:
@@ -128,18 +128,18 @@ def as_json(question, place):
 
 
 def as_bool(value):
-    """True or False. Raises TaskError where the value equals neither: None is no verdict."""
+    """True or False. Raises TaskError where the value equals neither, as None does not."""
     if value not in (True, False):
         raise TaskError(f"is_correct returned {value!r:.80}, not True or False")
     return bool(value)
 
 
 def as_number(value):
-    """A finite float. Raises TaskError where the value is a text or another thing that is no number, or is too large."""
+    """A finite float. Raises TaskError where the value is not a number, not finite or too large."""
     if hasattr(value, "item"):  # a number of numpy or torch
         value = value.item()
     if not isinstance(value, numbers.Real):
         raise TaskError(f"reward returned {value!r:.80}, not a number")
-    if not abs(value) <= LARGEST_REWARD:  # NaN is neither below nor above it.
+    if not abs(value) <= LARGEST_REWARD:  # also refuses NaN, which is neither below nor above it
         raise TaskError(f"reward returned {value!r:.80}: it must be finite, at most {LARGEST_REWARD:g}")
     return float(value)

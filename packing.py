@@ -27,7 +27,7 @@ import torch
 
 @dataclass
 class Sample:
-    """One response, as it was sampled. Its token ids are never made from its text again."""
+    """One response, as it was sampled. Its token ids are kept and never computed again from its text."""
 
     prompt_index: int  # which of the step's prompts it answers
     prompt_ids: np.ndarray  # int32
@@ -45,9 +45,9 @@ class Sample:
 
 
 class Batch:
-    """All samples of a step as flat arrays: one object that Ray shares without copying on every node.
+    """All samples of a step as flat arrays: one object, which all Workers of a node read from the same memory.
 
-    tokens          int32 [ΣT]: each prompt followed by its response
+    tokens          int32 [sum of `lengths`]: each prompt followed by its response
     prompt_indices, prompt_lens, response_lens, lengths, token_starts, response_starts      int64 [B]
     rewards         fp32 [B]
     correct         bool [B]
@@ -81,7 +81,7 @@ class Batch:
 def plan_updates(batch, indices, num_updates, rng, cfg, hidden_size):
     """Split these samples at random into num_updates parts and pack each: plans[update][rank][n] = indices of a pack.
 
-    epochs_per_step passes over the samples follow each other, each split anew.
+    There are epochs_per_step passes over the samples, one after the other, each split anew.
     """
     plans = []
     for _ in range(cfg.epochs_per_step):
@@ -139,7 +139,8 @@ def pack(lengths, budget, num_ranks, hidden_size):
     packs = best_fit(lengths, budget)
     num_empty = -len(packs) % num_ranks  # to a multiple of the number of ranks
     packs += [[] for _ in range(num_empty)]
-    # As many packs as that, but evenly filled, so that no rank waits for another. This fails where pieces are coarse.
+    # The same number of packs, but evenly filled, so that no rank waits for another. With large pieces, packs filled this
+    # way may be over the budget.
     even_packs = fill_evenly(lengths, len(packs))
     fullest = max(lengths[indices].sum() for indices in even_packs)
     if fullest <= budget:
@@ -157,9 +158,9 @@ def largest_first(numbers):
 
 
 def best_fit(lengths, capacity):
-    """Lists of indices, longest piece first, each put where the least room is left that it fits into.
+    """Lists of indices: longest piece first, each is put into the list with the least room that it still fits into.
 
-    This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible. A piece that is over the
+    This is best fit decreasing (Johnson 1974): at most 11/9 of the fewest lists possible, plus 4. A piece that is over the
     capacity gets a list of its own.
     """
     packs = []
@@ -178,7 +179,7 @@ def best_fit(lengths, capacity):
 
 
 def fill_evenly(lengths, num_packs):
-    """Lists of indices, longest piece first, each put into the emptiest pack (Graham 1969)."""
+    """Lists of indices: longest piece first, each is put into the emptiest pack (Graham 1969)."""
     packs = [[] for _ in range(num_packs)]
     # A heap of (tokens so far, which pack has them).
     fills = []
@@ -219,15 +220,15 @@ def make_pack(batch, indices, device, fields=()):
     input_ids     int64 [T]: the tokens; a prompt that several samples share stands in the pack once
     position_ids  int64 [T]: where each token stands in its own sample
     key_index     int64 [K]: for every token of every sample, where it stands in the pack
-    cu_seqlens_q  int32 [B + 1]: ends of the samples' parts of input_ids, without prompts that stood there before
-    cu_seqlens_k  int32 [B + 1]: ends of the samples' parts of key_index
+    cu_seqlens_q  int32 [B + 1]: 0, and where the tokens that each sample adds to input_ids end
+    cu_seqlens_k  int32 [B + 1]: 0, and where each sample's part of key_index ends
     state_index   int64 [N]: where in the pack s_t ends, which is the token before a_t
     targets       int64 [N]: the response tokens a_t
     token_index   int64 [N]: where in the batch's [N] arrays the response tokens stand
     max_seqlen    the longest sample, a plain int
 
-    An empty list of samples gives a prompt to predict nothing from: the rank then takes part in every collective, and
-    adds exactly nothing to the gradient.
+    An empty list of samples gives a pack of one prompt without a response: the rank then takes part in every collective
+    operation, and adds exactly 0 to the gradient.
     """
     pieces = defaultdict(list)  # tensor → its pieces, one for each sample
     cu_seqlens_q, cu_seqlens_k = [0], [0]

@@ -5,8 +5,8 @@ Vanilla PPO, as Open-Reasoner-Zero runs it (arXiv 2503.24290, section 2), agains
   2. γ = λ = 1: every token of a response gets the advantage R − V(s_t), undiscounted. The critic is then a baseline only:
      whatever it predicts, the expected policy gradient is that of the reward, without bias.
   3. The critic is a network of its own, started from the same base model, with its own learning rate.
-  4. The policy takes one update per batch and the critic twelve, on one twelfth each. A second policy update would train
-     on samples of an older policy; the critic is a regression, which may as well take many small steps.
+  4. The policy takes one update per batch and the critic twelve, each on a twelfth of it. A second policy update would
+     train on samples of an older policy; the critic is a regression, which may take many small steps.
   5. The reward is 0 or 1 at the last token and nothing else: no format reward, no length penalty.
   6. Advantages are normalised over all tokens of the whole batch.
 
@@ -26,7 +26,7 @@ A variant changes one of three things, and is off by default:
   the policy's loss    a weight per token, a KL term, an average by response      Learner.vary_loss, loss_denominator
 
 In:   a Batch (flat arrays over all samples) and plans of packs.   Out: values, log-probs, updated networks, metrics.
-Nothing above the Learner knows of Ray, vLLM or DeepSpeed.
+Nothing above the section "The Learner" needs Ray, vLLM or DeepSpeed.
 
 Shapes: B samples, N response tokens, T tokens of a pack; [N] arrays run over the samples in order.
 """
@@ -45,7 +45,7 @@ from packing import make_pack
 
 
 def set_advantages(batch, cfg):
-    """Give the batch its advantages, and where there is a critic the returns that it learns. Returns metrics."""
+    """Set batch.advantages and, if there is a critic, batch.returns, which the critic learns. Returns metrics."""
     if not has_critic(cfg):
         # The samples stand in the order of their prompts.
         groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
@@ -125,18 +125,18 @@ def explained_variance(values, returns):
     return float(1 - unexplained / variance)
 
 
-# Without a critic a response is compared with the G responses to its prompt, and all its tokens have its advantage.
+# Without a critic a response is compared with the G responses to its prompt, and its tokens all get the same advantage.
 # Each function takes the rewards [prompts, G] and response_lens [B], and returns the advantages, fp32 [N].
 
 
 def dr_grpo(groups, response_lens):
-    """r − mean(r) (Dr. GRPO, arXiv 2503.20783, section 3). Its loss has a constant length: --loss_average=constant."""
+    """r − mean(r) (Dr. GRPO, arXiv 2503.20783, section 3). Its loss divides by a constant: --loss_average=constant."""
     relative = groups - groups.mean(axis=1, keepdims=True)  # [prompts, G]
     return np.repeat(relative.ravel(), response_lens)
 
 
 def grpo(groups, response_lens):
-    """(r − mean(r)) / std(r) (GRPO, arXiv 2402.03300, section 4.1.2). Its loss averages by response."""
+    """(r − mean(r)) / std(r) (GRPO, arXiv 2402.03300, section 4.1.2). Its loss: --loss_average=response."""
     mean = groups.mean(axis=1, keepdims=True)
     std = groups.std(axis=1, keepdims=True)
     relative = (groups - mean) / (std + 1e-6)  # [prompts, G]
@@ -154,7 +154,7 @@ def rloo(groups, response_lens):
 def reinforce(groups, response_lens):
     """r − mean(r), normalised over all tokens of the batch ("REINFORCE++-baseline", arXiv 2501.03262).
 
-    This is also what ORZ's own GRPO arm computes: its deviation of a group is 1, by a slip.
+    This is also what ORZ's own GRPO arm computes: because of a bug, its standard deviation of a group is always 1.
     """
     return normalise(dr_grpo(groups, response_lens))
 
@@ -174,12 +174,12 @@ def policy_samples(batch, cfg):
     """The samples that the policy is trained on, as indices: all, unless a setting leaves some out."""
     kept = np.ones(len(batch.rewards), bool)  # [B]
     if cfg.drop_equal_groups:
-        # By comparison these teach nothing (DAPO, arXiv 2503.14476, section 3.2, which samples others instead).
+        # Responses with equal rewards teach nothing by comparison (DAPO, arXiv 2503.14476, section 3.2, samples others).
         groups = batch.rewards.reshape(-1, cfg.samples_per_prompt)  # [prompts, G]
         differ = groups.min(axis=1) < groups.max(axis=1)
         kept &= differ.repeat(cfg.samples_per_prompt)
     if cfg.drop_cut_off:
-        # A reward of 0 says nothing about a train of thought that had no time to end (DAPO, section 3.4).
+        # A cut-off response counts as wrong, although its reasoning may have been right so far (DAPO, section 3.4).
         kept &= ~batch.cut_off
     return np.flatnonzero(kept)
 
@@ -190,8 +190,8 @@ def policy_samples(batch, cfg):
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=None):
     """PPO's clipped objective (arXiv 1707.06347, eq. 7), negated. All [N]; returns the loss per token and the ratio.
 
-    A clip_eps_high of its own lets rare tokens grow further (DAPO, arXiv 2503.14476, eq. 10). With one policy update a step
-    the ratio is 1 at every token, and the clip has no effect: a loss that differs from this one in its clip alone is the same.
+    A larger clip_eps_high lets rare tokens become more probable (DAPO, arXiv 2503.14476, eq. 10). With one policy update a
+    step the ratio is 1 at every token and the clip has no effect: losses that differ in the clip alone are then the same.
     """
     ratio = (logprobs - old_logprobs).exp()  # [N]
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + (clip_eps_high or clip_eps))
@@ -199,7 +199,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=None
 
 
 def value_loss(values, old_values, returns, value_clip):
-    """ORZ's clipped value loss, ½ max of the squared errors of V and of V kept near V_old. All [N]."""
+    """ORZ's clipped value loss, ½ max of the squared errors of V and of V clipped to V_old ± value_clip. All [N]."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error = (values - returns) ** 2
     clipped_error = (clipped_values - returns) ** 2
@@ -209,7 +209,7 @@ def value_loss(values, old_values, returns, value_clip):
 def kl_estimate(log_ratio, estimator="k3"):
     """Schulman's estimators of KL(p‖q) from samples of p (2020, "Approximating KL divergence"): log_ratio = log q − log p.
 
-    As a loss, where p is the policy, k2 has the gradient of KL(p‖q), and k1 one whose mean is 0.
+    As a loss with p the policy, k2 has the gradient of KL(p‖q), but the gradient of k1 has mean 0.
     """
     if estimator == "k1":
         return -log_ratio
@@ -219,12 +219,13 @@ def kl_estimate(log_ratio, estimator="k3"):
 
 
 def importance_weights(log_ratio, response_lens, cfg):
-    """The weight of each token's policy loss, [N], and two metrics: vLLM sampled from a slightly different policy.
+    """The weight of each token in the policy's loss, [N], because vLLM samples from a slightly different policy; and
+    vectors of two metrics.
 
     log_ratio [N] is log ρ = log π_old − log π_vLLM, of responses of these lengths laid end to end. The weight is
-      min(ρ, importance_cap), or 1 without one    (TIS: Yao et al. 2025, fengyao.notion.site/off-policy-rl)
-      0 for tokens whose ρ is outside a band      (IcePop: arXiv 2510.18855, section on reinforcement learning)
-      0 for responses whose exp(mean log ρ) is    (geometric masks: Liu et al. 2025, "When speed kills stability")
+      min(ρ, importance_cap), or 1 without a cap           (TIS: Yao et al. 2025, fengyao.notion.site/off-policy-rl)
+      0 if ρ is outside a band                             (IcePop: arXiv 2510.18855, section on reinforcement learning)
+      0 if a response's exp(mean log ρ) is outside one     (geometric masks: Liu et al. 2025, "When speed kills stability")
     """
     ratio = log_ratio.exp()
     weights = torch.ones_like(ratio)
@@ -250,7 +251,7 @@ def inside(ratio, band):
 
 
 def response_means(values, response_lens):
-    """The mean over its response at each token: values [N], of responses of these lengths laid end to end → [N]."""
+    """At each token the mean of `values` over its response: values [N], laid end to end, and response_lens [B] → [N]."""
     means = [values[:0]]  # A pack may be empty.
     for part in values.split(response_lens):
         means.append(part.mean().expand(len(part)))
@@ -287,13 +288,13 @@ def loss_denominator(batch, plan, average, max_response_tokens):
 
 
 def num_updates(cfg, kind, step):
-    """How many updates a learner has made when `step` is finished. The first steps may be the critic's alone."""
+    """How many updates are due by the end of `step`. In the first critic_warmup_steps steps only the critic has any."""
     steps = max(0, step - cfg.critic_warmup_steps) if kind == "policy" else step
     return steps * updates_per_step(cfg, kind)
 
 
 def learning_rate(cfg, kind, update):
-    """The rate of a learner's update number 1, 2, …: linear warm-up, then constant; or for the policy, linear decay."""
+    """The learning rate of update number 1, 2, …: linear warm-up, then constant or, for the policy, a linear decay."""
     start = cfg.policy_lr if kind == "policy" else cfg.critic_lr
     final = cfg.policy_lr_final if kind == "policy" and cfg.lr_decay_steps else start
     decayed = min(1.0, update / max(1, cfg.lr_decay_steps))
@@ -303,24 +304,24 @@ def learning_rate(cfg, kind, update):
 
 # ---- The Learner -------------------------------------------------------------------------------------------------
 
-# Weights of a network that every rank keeps whole from pack to pack: 1 GB in 16 bits. All others are gathered for each
-# pack, layer by layer. This is half of DeepSpeed's stage3_max_live_parameters, so that it may still fetch a layer ahead.
+# How many weights every rank keeps whole from pack to pack: 1 GB in 16 bits. All others are gathered for each pack, layer
+# by layer. This is half of DeepSpeed's stage3_max_live_parameters, so that DeepSpeed may still fetch a layer ahead.
 KEPT_WHOLE = 5 * 10**8
-# Gradients that are summed over the ranks at once. DeepSpeed's default of 500 million is a buffer of 1 GB in 16 bits.
+# How many gradients are summed over the ranks at once. DeepSpeed's default, 500 million, is a buffer of 1 GB in 16 bits.
 REDUCED_AT_ONCE = 2 * 10**7
-# Parameters that are gathered at once for a sync or an export: a layer or two, 1 GB in a 32B model. One by one would
-# take ten times as long.
+# How many tensors are gathered at once for a sync or an export: a layer or two, 1 GB in a 32B model. Gathering them one
+# by one would take ten times as long.
 GATHERED_AT_ONCE = 16
 
 
 # Mean |Δ log-prob| between vLLM and the policy above which a run stops, unless drift_limit says otherwise. Where both are
-# bf16, healthy runs have 0.01 to 0.05 (published: 0.011 Qwen3-4B, 0.05 Qwen2.5-0.5B; measured here: 0.040 SmolLM2-135M): there
-# it only catches gross errors.
+# bf16, healthy runs have 0.01 to 0.05 (published: 0.011 Qwen3-4B, 0.05 Qwen2.5-0.5B; measured here: 0.040 SmolLM2-135M), so
+# that the limit in bf16 catches only gross errors.
 DRIFT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 class DriftError(Exception):
-    """Sampler and learner disagree about the same tokens: what would be trained on is not what was sampled."""
+    """vLLM and the policy give the same tokens different log-probs: the samples are not those of the policy."""
 
 
 def drift_message(drift_mean, drift_max, limit):
@@ -342,7 +343,7 @@ def deepspeed_config(cfg, dtype, buffers_in_fp32):
         "managed_gradient_accumulation": False,
         "gradient_clipping": cfg.max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # DeepSpeed rounds what a model's __init__ creates to the training dtype, unless it is named here.
+        # DeepSpeed rounds buffers that a model's __init__ creates to the training dtype, unless they are named here.
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": buffers_in_fp32},
         "zero_optimization": {
             "stage": 3,
@@ -359,7 +360,7 @@ def deepspeed_config(cfg, dtype, buffers_in_fp32):
 class Learner:
     """One network under training: "policy", "critic", or "reference" (forward only). There is one per rank.
 
-    All ranks call the same methods together. A Learner begins, and waits, in CPU memory: see offload and onload.
+    All ranks call the same methods together. After __init__ a trained network is in CPU memory: see offload and onload.
     """
 
     def __init__(self, kind, cfg, path, device, dtype):
@@ -386,14 +387,14 @@ class Learner:
         optimizer = self.make_optimizer() if self.is_trained else None
         self.engine = deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
         model.check_buffers(self.network, plain_buffers, path)
-        # After an update DeepSpeed would gather what is kept whole, parameter by parameter. Without this list it is
-        # gathered at its next use, layer by layer.
+        # After an update DeepSpeed would gather the weights that are kept whole, parameter by parameter. With this list
+        # empty they are gathered at their next use, layer by layer.
         self.engine.optimizer.persistent_parameters = []
         self.offload()
 
     def make_optimizer(self):
-        """AdamW. ZeRO-3 gives it flat parts of weights that know no rows and columns: only an optimizer that treats every
-        number alike (Adam, Lion, SGD) can take its place, and none that works on matrices (Muon, Shampoo)."""
+        """AdamW. ZeRO-3 gives the optimizer flat parts of weights, without rows and columns: only an elementwise one
+        (Adam, Lion, SGD) can take its place, and none that works on matrices (Muon, Shampoo)."""
         return torch.optim.AdamW(
             self.network.parameters(),
             betas=tuple(self.cfg.adam_betas),
@@ -402,13 +403,13 @@ class Learner:
         )
 
     def forward(self, batch, plan):
-        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N], the whole batch on every rank; 0 outside the plan."""
+        """V(s_t) of a critic, log π(a_t|s_t) of a policy: fp32 [N] on every rank; 0 for samples not in the plan."""
         return self.token_outputs(batch, plan)[0]
 
     @torch.no_grad()
     def token_outputs(self, batch, plan):
-        """What the network computes at each response token, as forward: fp32 [1, N] of a critic, its values; fp32 [2, N]
-        of a policy, log π(a_t|s_t) and the entropy of π(·|s_t)."""
+        """What the network computes at each response token, on every rank; 0 for samples not in the plan. For a critic
+        its values, fp32 [1, N]; for a policy log π(a_t|s_t) and the entropy of π(·|s_t), fp32 [2, N]."""
         num_outputs = 1 if self.kind == "critic" else 2
         results = torch.zeros(num_outputs, len(batch.logprobs), device=self.device)  # [1 or 2, N]
         for indices in plan[self.rank]:
@@ -423,10 +424,10 @@ class Learner:
         return results.cpu().numpy()
 
     def update(self, batch, plans, step, kl_plan=None):
-        """One optimizer update on the samples of each plan. Returns metrics, each a mean over all elements.
+        """One optimizer update on the samples of each plan. Returns metrics: means over tokens, or over updates.
 
         step is the number of the training step, from which the learning rate follows. kl_plan is a plan of a few samples,
-        on which the policy before and after all updates is compared: `update_kl`, by k3.
+        on which the metric `update_kl` compares the policy before and after all updates (estimator k3).
         Raises FloatingPointError or DriftError, on all ranks alike, instead of applying an update.
         """
         logprobs_before = self.forward(batch, kl_plan) if kl_plan else None  # [N]
@@ -513,9 +514,9 @@ class Learner:
         return loss, vectors | loss_vectors
 
     def vary_loss(self, loss, logprobs, old_logprobs, pack, response_lens):
-        """What a setting adds to PPO's loss per token: a weight, a KL term, an average that is not over tokens.
+        """Apply the settings that change PPO's loss per token: importance weights, a KL term, an average by response.
 
-        loss, logprobs and old_logprobs are [N], response_lens is [B]. Returns the loss and vectors, as policy_terms.
+        loss, logprobs and old_logprobs are [N], response_lens is [B]. Returns the loss and vectors, as policy_terms does.
         """
         cfg, vectors = self.cfg, {}
         if cfg.importance_cap or any(cfg.importance_token_band + cfg.importance_response_band):
@@ -534,7 +535,7 @@ class Learner:
         return loss, vectors
 
     def critic_terms(self, batch, indices):
-        """As policy_terms, for the critic."""
+        """What policy_terms returns, for the critic."""
         pack = make_pack(batch, indices, self.device, ["values", "returns"])
         values, old_values = self.engine(pack), pack["values"]  # [N] each
         value_clip = self.cfg.value_clip
@@ -543,7 +544,8 @@ class Learner:
         return loss, {"v_loss": loss, "value_clipfrac": is_clipped}
 
     def apply(self, batch, sums, update):
-        """Apply the gradient as update number `update`, unless anything is not finite. Returns `sums`, with its own."""
+        """Apply the gradient as update number `update`. Returns `sums` with the metrics of the update itself, or only
+        skipped_KIND = 1 where something was not finite and the update was left out."""
         kind, grad_norm = self.kind, np.inf
         rate = learning_rate(self.cfg, kind, update)
         for group in self.engine.optimizer.param_groups:
@@ -562,9 +564,9 @@ class Learner:
         path = f"{self.cfg.out_dir}/{self.cfg.name}/nonfinite_{kind}_{update}.npz"
         if self.rank == 0:
             np.savez(path, **vars(batch))
-        torch.distributed.barrier()  # The run may end with the first rank that raises.
+        torch.distributed.barrier()  # The run may end as soon as one rank raises, so the file must be whole by then.
         if self.cfg.on_nonfinite == "stop":
-            raise FloatingPointError(f"{kind} update not finite, left out; its data: {path}")
+            raise FloatingPointError(f"{kind} update is not finite and was left out; its data: {path}")
         return {f"skipped_{kind}": [1, 1]}
 
     # ---- Weights in and out --------------------------------------------------------------------------------------
@@ -591,7 +593,7 @@ class Learner:
                 parameter.data.copy_(tensor)
 
     def export(self, folder):
-        """Write a Hugging Face folder; rank 0 holds the whole model in its CPU memory for this."""
+        """Write a Hugging Face folder. For this rank 0 holds the whole model in its CPU memory."""
         state_dict = {}
         for name, tensor in self.weights():
             if self.rank == 0:
@@ -627,21 +629,21 @@ class Learner:
             self.move_optimizer_state(self.device)
 
     def move_optimizer_state(self, device):
-        """DeepSpeed's own mover of optimizer states wants its FusedAdam, which must be compiled by nvcc."""
+        """Move what optimizer_state yields. DeepSpeed's own function for this needs its FusedAdam, compiled by nvcc."""
         for _, tensor in self.optimizer_state():
             tensor.data = tensor.data.to(device)
 
     # ---- Checkpoints: this rank's part in one file of safetensors, never a pickle --------------------------------
 
     def optimizer_state(self):
-        """Yield (name, tensor): the fp32 weights and AdamW's state, of which all else follows."""
+        """Yield (name, tensor): the fp32 weights and AdamW's state, from which all else follows."""
         for i, master in enumerate(self.engine.optimizer.fp32_partitioned_groups_flat):
             yield f"{i}.weights", master
             for name, tensor in self.engine.optimizer.optimizer.state[master].items():
                 yield f"{i}.{name}", tensor
 
     def own_parts(self):
-        """Yield (name, tensor): this rank's part of every weight as it is computed with."""
+        """Yield (name, tensor): this rank's part of every weight, in the dtype that the forward pass uses."""
         for name, parameter in self.network.named_parameters():
             yield name, parameter.ds_tensor
 
@@ -652,7 +654,7 @@ class Learner:
         os.sync()
 
     def load(self, folder):
-        """Become what was saved there. This needs the GPU, as forward and update do."""
+        """Load what `save` wrote into this folder. As for forward and update, the Learner must be on the GPU."""
         zero = self.engine.optimizer
         saved = load_file(self.checkpoint_file(folder))
         if not self.is_trained:
@@ -668,7 +670,7 @@ class Learner:
                 if group == str(i) and key != "weights":
                     adam_state[key] = tensor.to(self.device)
             zero.optimizer.state[master] = adam_state
-            zero._reassign_or_swap_out_partitioned_parameters(i)  # the weights at work, from the fp32 ones
+            zero._reassign_or_swap_out_partitioned_parameters(i)  # sets the forward pass's weights
 
     def checkpoint_file(self, folder):
         return f"{folder}/{self.kind}_{self.rank}.safetensors"

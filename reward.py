@@ -1,4 +1,4 @@
-"""The reward: extract the answer of a response, and let limited processes decide whether it equals the reference.
+"""The reward: extract a response's answer, and let processes of limited time and memory compare it with the reference.
 
 In:   the text of a response, the reference answer, the reason why generation ended.
 Out:  (correct, outcome): whether the response is correct, and how that was found. ORZ's rule: a response is correct
@@ -7,8 +7,8 @@ Out:  (correct, outcome): whether the response is correct, and how that was foun
     response → extract_answer → Grader → a process of its pool → equality.decide
 
 The processes are `python reward.py`. Only they import equality.py and the libraries that read mathematics, and only
-they run a task file (own_task.py), which may replace the rule and the reward. Why not pebble: it took 13 s for 8,192
-fractions on two processes, and a process killed at rest breaks its pool for good.
+they run a task file (own_task.py), which may replace the rule and the reward. The package pebble is not used: it took
+13 s for 8,192 fractions on two processes, and one idle process that is killed breaks its pool for good.
 """
 
 import ctypes
@@ -27,12 +27,12 @@ from typing import NamedTuple
 
 from configs.load import UserError
 
-# Limits of a grading process. CPU time per request, however busy the machine is; wall-clock time per request, for a
-# process that neither works nor ends (0 such requests in a healthy run); address space, without a task file.
+# Limits of a grading process: CPU time per request, which does not depend on how busy the machine is; wall-clock time per
+# request, for a process that waits without end (a healthy run has none); address space, where there is no task file.
 CPU_SECONDS = 2.0
 WALL_SECONDS = 30.0
 MEMORY_BYTES = 1 << 30
-# Wall-clock time in which a task file is loaded, with all that it imports, or gives the questions of a split.
+# The wall-clock limit for loading a task file, with all that it imports, and for writing the questions of a split.
 TASK_SECONDS = 600.0
 
 
@@ -68,8 +68,8 @@ REFLECTION = {
 def response_stats(response: str) -> dict[str, float]:
     """Returns counts of the reflection patterns, think_format and repetition.
 
-    think_format is 1.0 if `</think>` is followed by a complete answer block. repetition is the share of windows of
-    8 words that occur again in the response.
+    think_format is 1.0 if `</think>` is followed by a complete answer block. repetition is the share of the windows of
+    8 words that repeat an earlier window of the response.
     """
     lower = response.lower()
     stats = {}
@@ -94,7 +94,7 @@ class TaskFile(NamedTuple):
 
 
 def task_file(cfg, path=None) -> TaskFile | None:
-    """The task file of a run; None where it has none. The text is that of `path`, or else the run's own copy."""
+    """The task file of a run; None where it has none. Its text is read from `path`, or else from the run's own copy."""
     if not cfg.task:
         return None
     path = path or task_copy(cfg)
@@ -140,9 +140,9 @@ class Grader:
         {"kind": "questions", "split": …, "path": …}                    write the questions of a split to this file
 
     Where a process gives no reply, the result is False and the outcome is timed_out (CPU time), backstop (wall-clock
-    time) or crashed (twice); the next request then starts another process. Each process is used by one thread at a
-    time. It inherits and imports nothing of the parent (Ray, torch, its __main__). Processes end with the Grader, or
-    with the process that has it.
+    time) or crashed (in both of two attempts); the next request then starts another process. Each process is used by one
+    thread at a time. It inherits and imports nothing of the parent (Ray, torch, its __main__). Processes end with the
+    Grader, or with the process that made it.
     """
 
     def __init__(self, num_processes: int = 2, task: TaskFile | None = None):
@@ -162,7 +162,7 @@ class Grader:
         if reply.outcome != "by_task":
             limits = f"{TASK_SECONDS:.0f} s and task_memory_gb={self.task.memory_gb:g} GiB of address space"
             raise UserError(
-                f"task file {self.task.path}:1: the process that loads it {reply.outcome}; it has {limits}"
+                f"task file {self.task.path}:1: loading it ended with the outcome {reply.outcome}; limits: {limits}"
             )
         return reply.result
 
@@ -179,7 +179,7 @@ class Grader:
         return self.threads.submit(self._readable, text)
 
     def judge(self, response: str, question: dict, finish_reason: str, with_reward: bool) -> Future:
-        """Judges one response, by the task file where that has a function for it. Returns a Future of a Verdict.
+        """Judges one response, by the task file's functions where it has them. Returns a Future of a Verdict.
 
         question has the keys question, answer, choices and further ones. Without with_reward the task file's reward is
         not asked for, and the reward is 1 where correct, else 0. Outcomes besides those of submit: by_task, task_error.
@@ -191,7 +191,7 @@ class Grader:
         request = {"kind": "questions", "split": split, "path": path}
         reply = self._request(request, TASK_SECONDS)
         if reply.outcome != "by_task":
-            reason = reply.error or f"{self.task.path}: questions({split!r}) {reply.outcome}"
+            reason = reply.error or f"{self.task.path}: questions({split!r}) had the outcome {reply.outcome}"
             raise UserError(f"task file {reason}")
         return reply.result
 
@@ -224,7 +224,7 @@ class Grader:
         return self._request(request)[:2]
 
     def _request(self, request: dict, seconds: float | None = None) -> Reply:
-        """A process that crashed may have been killed from outside: ask once more, in a new process."""
+        """Ask, and after a crash once more in a new process: the first one may have been killed from outside."""
         reply = self._ask(request, seconds)
         if reply.outcome == "crashed":
             reply = self._ask(request, seconds)
@@ -252,13 +252,13 @@ class Grader:
 
     def _start(self) -> Popen:
         command = [sys.executable, __file__, str(self.memory_bytes)]
-        # A task file may import torch: that shall neither take a GPU's memory nor start a thread per core.
+        # A task file may import torch, which must neither take a GPU's memory nor start a thread per core.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         return Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, process_group=0, env=environment)
 
 
 def exchange(process: Popen, request: dict, seconds: float) -> Reply:
-    """One request to a process and its reply. Raises TimeoutError, or what reading the reply of a dead process raises."""
+    """Send a process one request and return its reply. Raises TimeoutError, or what reading from a dead process raises."""
     process.stdin.write(json.dumps(request).encode() + b"\n")
     if not select.select([process.stdout], [], [], seconds)[0]:
         raise TimeoutError
@@ -268,7 +268,8 @@ def exchange(process: Popen, request: dict, seconds: float) -> Reply:
 def serve():
     """Runs one process of the pool: requests in as JSON lines, replies out.
 
-    A task file may print and read: it gets the standard error output, which is a Worker's log, and an empty input.
+    A task file may print and read: what it prints goes to standard error, which is a Worker's log, and its standard input
+    is empty.
     """
     import equality
 
@@ -281,7 +282,7 @@ def serve():
         request = json.loads(line)
         kind = request["kind"]
         if kind not in ("load", "questions"):
-            # Unhandled, SIGPROF ends the process, even inside C.
+            # SIGPROF is not handled, so that it ends the process even inside C code.
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         if kind == "grade":
             reply = equality.decide(request["answer"], request["reference"], request["choices"])

@@ -47,8 +47,8 @@ class Rollout:
 
         self.cfg, self.on_gpu = cfg, device.type == "cuda"
         self.readable = self.on_gpu and cfg.tensor_parallel == 1
-        self.interrupted = False  # set from another thread where the run is to end
-        gc.freeze()  # vLLM looks for garbage again and again as it starts: not through all that has been imported
+        self.interrupted = False  # set from another thread when the run is to end
+        gc.freeze()  # vLLM collects garbage often while it starts; this excludes all objects that exist already.
         with plain_path(path) as folder:
             self.llm = LLM(
                 folder,
@@ -60,22 +60,22 @@ class Rollout:
                 max_num_seqs=cfg.max_num_seqs,
                 max_num_batched_tokens=cfg.max_num_batched_tokens,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # on a GPU, what that share leaves
-                enable_prefix_caching=True,  # one prefill for all samples of a prompt, by whole blocks of tokens:
-                block_size=None if self.on_gpu else 32,  # of 16 on a GPU, but of 128 on a CPU if not told
+                kv_cache_memory_bytes=None if self.on_gpu else 2**29,  # None: what that share leaves
+                enable_prefix_caching=True,  # one prefill for all samples of a prompt, in whole blocks of tokens
+                block_size=None if self.on_gpu else 32,  # vLLM's default is 16 on a GPU, but 128 on a CPU.
                 enable_sleep_mode=self.on_gpu,
                 enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
-                generation_config="vllm",  # a model folder's own sampling defaults would change the policy silently
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
+                generation_config="vllm",  # else the folder's sampling defaults would silently change the policy
             )
         self.engine = self.llm.llm_engine
         self.end_tokens = end_tokens(path)
         self.model = self.llm.apply_model(lambda model: model)[0]
 
     def generate(self, requests, seed, temperature, top_p, max_tokens):
-        """Sample one response of at most max_tokens for each prompt of `requests` (lists of token ids), engine-wide.
+        """Sample one response of at most max_tokens for each prompt of `requests` (lists of token ids).
 
-        Yields a Response as each one ends, while others go on.
+        All ranks of an engine call this together. Yields a Response as each one ends, while others go on.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -83,7 +83,7 @@ class Rollout:
         # vLLM samples by torch's generator on a CPU; on a GPU it draws a seed for each request from numpy's.
         torch.manual_seed(seed)
         np.random.seed(seed)
-        self.llm.reset_prefix_cache()  # of older weights; and of prompts that a resumed run has not seen
+        self.llm.reset_prefix_cache()  # It holds states of older weights, and a resumed run would not have it.
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -100,7 +100,7 @@ class Rollout:
         for index, prompt_ids in enumerate(requests):
             self.engine.add_request(str(index), {"prompt_token_ids": prompt_ids}, params)
         for state in self.engine.output_processor.request_states.values():
-            state.logprobs_processor.tokenizer = None  # beside each log-prob nobody reads its token's text
+            state.logprobs_processor.tokenizer = None  # Nobody reads the token's text beside each log-prob.
         while self.engine.has_unfinished_requests() and not self.interrupted:
             for output in self.engine.step():
                 finished = output.outputs[0]
@@ -127,13 +127,13 @@ class Rollout:
             written.update(type(self.model).load_weights(self.model, iterator))
             return written
 
-        # In place until the next sync: reload_weights only warns about what was not written; we refuse.
+        # The wrapper stays until the next sync. reload_weights alone only warns about parameters that are not written.
         self.model.load_weights = load
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         if not self.on_gpu and self.model.config.tie_word_embeddings and hasattr(self.model, "lm_head"):
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-            # On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps the old ones after a reload.
+            # On CPU vLLM packs matrices for its kernels; a head tied to the embedding keeps its old copy after a reload.
             dispatch_cpu_unquantized_gemm(self.model.lm_head, False)
         missing = {name for name, _ in self.model.named_parameters()} - written
         if missing or not sent:
@@ -155,7 +155,7 @@ class Rollout:
 
 @contextlib.contextmanager
 def plain_path(path):
-    """The path; or a link to it, if vLLM would take brackets in it for a pattern of names and find no file."""
+    """The path, or a link to it if it has brackets: vLLM would read them as a glob pattern and find no file."""
     if glob.escape(path) == path:
         yield path
         return
@@ -165,10 +165,13 @@ def plain_path(path):
 
 
 def checksum(tensor):
-    """The sum of a tensor's bits, in words of 64, modulo 2^64; of parts that are merged, or padded with zeros, the sum of
-    theirs (not of one that is transposed, as vLLM does with GPT-2's: refused). It is exact and reads each weight once, where
-    sums in fp64 would first copy 16-bit weights into fp64."""
-    # what does not begin at a whole word cannot be seen as words: a copy does
+    """The sum of a tensor's bits read as 64-bit integers, modulo 2^64; as bytes if its length is no multiple of 8.
+
+    Merging tensors or padding them with zeros keeps the sum. Transposing one, as vLLM does with GPT-2's, does not:
+    load_weights then raises SyncError. The sum is exact and reads each weight once; a sum in fp64 would first copy 16-bit
+    weights into fp64.
+    """
+    # A view as int64 needs a storage offset of whole 64-bit integers; a copy's offset is 0.
     flat = tensor.flatten() if tensor.storage_offset() % 8 == 0 else tensor.clone().flatten()
     return flat.view(torch.int64 if len(flat) % 8 == 0 else torch.uint8).sum()
 

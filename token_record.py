@@ -16,7 +16,7 @@ Arrays of a file: B responses, N response tokens of all of them, laid end to end
     raw_advantages                         fp16 [N]: of GAE, before they are normalised, only with a critic
     advantages                             fp16 [N]: as the policy's loss takes them
     policy_logprobs, entropies             fp16 [N]: log π(a_t|s_t) and the entropy of π(·|s_t), of the policy before its update
-    logprob_differences                    fp32 [N]: log π − log π_vLLM; in fp16 a difference of log-probs would lose 1e-6
+    logprob_differences                    fp32 [N]: log π − log π_vLLM, too small (1e-6) to be computed from fp16 log-probs
     importance_weights                     fp16 [N]: the weight of the token in the policy's loss
     sampler_logprobs                       fp16 [N]: log π_vLLM(a_t|s_t), in evaluations, which have none of the seven above
     texts                                  uint8: a JSON object of lists: questions, answers, prompts, finish_reasons and graded [B], tokens [N]
@@ -35,7 +35,8 @@ STEP_FIELDS = ("values", "advantages", "old_logprobs", "ref_logprobs")
 
 
 def record_step(cfg, workers, tasks, log, step, prompts, samples, batch):
-    """Write tokens/step_N.npz: the samples of a step, and what the learners made of each token before the policy's update."""
+    """Write tokens/step_N.npz: some samples of a step, with what the critic and the policy compute for each token before
+    the policy's update."""
     from packing import plan_samples
 
     rng = rng_for(cfg.seed, step, "report")
@@ -143,7 +144,7 @@ def describe_texts(samples, prompts, tokenizer):
 
 
 def describe_tokens(cfg, few, logprobs, entropies):
-    """The arrays [N] of training: what the critic and the policy gave to each token of the batch `few`."""
+    """The arrays [N] of training: what the critic and the policy compute for each token of the batch `few`."""
     import torch
 
     import ppo
@@ -169,7 +170,7 @@ def describe_tokens(cfg, few, logprobs, entropies):
 
 
 def half(array):
-    """The array in fp16, three digits, which is enough to look at."""
+    """The array in fp16: three significant digits are enough for the report."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16)
 

@@ -47,7 +47,8 @@ def fits_beside_vllm(cfg, num_learned, free, total):
     free, total: bytes of one GPU, before vLLM starts: a reference model is loaded, no learner's state is on the GPU yet.
     The Worker asks with what its GPU reports, tools/plan.py with estimates; therefore this imports neither Ray nor torch.
     """
-    # A parameter takes 4 bytes in each of fp32 weights, gradients and Adam's two averages, and up to 4 to compute with.
+    # A parameter takes 4 bytes in each of fp32 weights, gradients and Adam's two averages, and up to 4 more in the weights
+    # of the forward pass.
     states = 20 * num_learned / cfg.workers
     headroom = 4 * 2**30  # for buffers that come and go, and fragmentation
     return free - states - headroom > cfg.gpu_memory_utilization * total
@@ -74,7 +75,7 @@ def saved_networks(cfg):
     return [*learned_networks(cfg), *(["reference"] if follows else [])]
 
 
-# The modules that a Worker imports, and what these import of the project.
+# The project's modules that a Worker or its grading processes import, directly or through each other.
 MODULES = """workers ppo rollout model reward equality own_task packing log configs.load data.load data.models
     tools.gpu_machine""".split()
 
@@ -223,9 +224,9 @@ class Worker:
         try:
             self.rollout = rollout.Rollout(cfg, cfg.model, dtype, device)
         except Exception as error:
-            # Some of vLLM's exceptions cannot be pickled: the driver would see only that.
+            # Some of vLLM's exceptions cannot be pickled: the driver would see only the error of pickling.
             raise RuntimeError(f"vLLM does not start: {error}") from None
-        self.gpu_owner = "rollout"  # It has read the policy's weights from the same folder.
+        self.gpu_owner = "rollout"  # vLLM has read the policy's weights from the same folder.
         graders = os.cpu_count() * cfg.tensor_parallel // cfg.workers
         self.grader = Grader(max(1, min(graders, 8)), task_file(cfg))
         return num_learned
@@ -240,12 +241,12 @@ class Worker:
                 raise FileNotFoundError(f"node {node} does not see {folder}")
         missing = sorted(set(self.cfg.versions) - set(installed()))
         if missing:
-            raise ImportError(f"node {node} has not the driver's packages: {', '.join(missing[:9])}")
+            raise ImportError(f"node {node} lacks the driver's packages: {', '.join(missing[:9])}")
         if ray.get_gpu_ids():
             gpu_machine.check_worker(node)
 
     def send_output_to(self, path):
-        """Append what this process and its libraries print to a file, whatever language they are written in."""
+        """Append all that this process prints to a file, also what its libraries print from C and C++."""
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(file, stream)
@@ -256,7 +257,7 @@ class Worker:
         import ray
 
         # gloo would listen on the address of the host's name, which /etc/hosts often makes 127.0.1.1, where no other node
-        # reaches it. It takes the network interface that has this node's address instead.
+        # reaches it. Name the network interface that has this node's address instead.
         node = ray.util.get_node_ip_address()
         interfaces = psutil.net_if_addrs().items()
         own = [name for name, addresses in interfaces if node in [a.address for a in addresses]]
@@ -272,7 +273,7 @@ class Worker:
         import deepspeed.ops
         import torch
 
-        # DeepSpeed would compile this at its first use; gloo does as well.
+        # DeepSpeed would compile this extension at its first use; gloo can do its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not torch.cuda.is_available():
             torch.distributed.init_process_group("gloo")
@@ -284,20 +285,20 @@ class Worker:
     # -- Beside other work, in a thread of its own
 
     def interrupt(self):
-        """End generation early. The ranks of an engine must end at the same step: of several, each generates to its end."""
+        """End generation early. With tensor parallel it goes on to its end: an engine's ranks must end at the same step."""
         self.rollout.interrupted = self.cfg.tensor_parallel == 1
 
     # -- Phases
 
     def generate(self, request):
         """Sample, and grade in other processes meanwhile. Returns (Samples in the order of the prompts, a hash of all
-        sampled ids); only the first rank of an engine grades, and returns the Samples. All ranks of an engine call this
-        together with equal requests. Training and evaluation both sample here: request.with_reward is set in training only.
+        sampled ids); only the first rank of an engine grades and returns Samples. All ranks of an engine call this together
+        with equal requests. Training and evaluation both sample here; request.with_reward is set in training only.
         """
         from packing import Sample
 
         if self.gpu_owner != "rollout":
-            raise RuntimeError("vLLM is asleep: it generates after a sync only")
+            raise RuntimeError("vLLM is asleep: it can generate only after a sync")
         prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         prompt_ids = [prompt.ids.tolist() for _, prompt in prompts]
         samples = {}  # place in `prompts` → its Sample; an interrupted engine leaves places out
@@ -355,7 +356,7 @@ class Worker:
         self.learners["reference"].copy_weights(self.learners["policy"])
 
     def sync(self):
-        """Send the policy's weights to vLLM. The order keeps the peak low: verl#302 measured 10 GB less for a 7B model."""
+        """Send the policy's weights to vLLM. This order keeps peak memory low (verl#302: 10 GB less for a 7B model)."""
         policy = self.learners["policy"]
         self.put_away(policy, keep_weights=True)
         self.rollout.wake("weights")
@@ -377,7 +378,7 @@ class Worker:
     # -- Turns
 
     def give_gpu_to(self, kind):
-        """Let one Learner compute next; who did so before gives up the memory that it can. vLLM is woken by sync."""
+        """Let one Learner compute next; the GPU's owner so far frees the memory that it can. Only sync wakes vLLM."""
         if kind == self.gpu_owner:
             return
         if self.gpu_owner == "rollout":
@@ -388,7 +389,7 @@ class Worker:
         self.gpu_owner = kind
 
     def put_away(self, learner, keep_weights=False):
-        """Make room beside a Learner; keep_weights leaves its 16-bit weights on the GPU in any case."""
+        """Free GPU memory that a Learner does not need while it waits; keep_weights leaves its 16-bit weights there."""
         if self.learners_stay_on_gpu:
             learner.free_gathered()
         else:
@@ -407,10 +408,10 @@ class WorkerGroup:
         self.cfg, self.log, self.cluster, self.stop_request = cfg, log, cluster, stop_request
         self.ray = ray
         self.step = 0  # the last finished one
-        self.networks_step = 0  # the step after which the learners are as they are; None during updates
+        self.networks_step = 0  # the last step whose updates the learners have finished; None during updates
         self.seconds = {}  # of each phase since the last take_seconds()
         self.longest_seconds = {}  # the longest that each phase has taken
-        self.task_failed = False  # whether the task file has failed on a response, which is said once
+        self.task_failed = False  # whether the task file has failed on a response, which is printed once
 
     # -- Start
 
@@ -426,7 +427,7 @@ class WorkerGroup:
         available = self.ray.cluster_resources().get(resource, 0)
         if available < cfg.workers or not group.wait(60):
             available = int(self.ray.cluster_resources().get(resource, 0))  # a node may have left meanwhile
-            needed = f"an engine takes {cfg.tensor_parallel} of a node"
+            needed = f"each vLLM engine takes {cfg.tensor_parallel} of one node"
             raise UserError(f"workers={cfg.workers}: Ray has {available} {resource}s; {needed}")
         actor = self.ray.remote(concurrency_groups={"watch": 1})(Worker)
         self.handles = []
@@ -444,7 +445,7 @@ class WorkerGroup:
         self.check_code()
 
     def first_answers(self):
-        """(node, free port) of each Worker. Raises where they do not start, with the last that Ray's own log says."""
+        """(node, free port) of each Worker. Raises where they do not start, with the last line of Ray's own log."""
         refs = [handle.address.remote() for handle in self.handles]
         try:
             return self.ray.get(refs, timeout=START_SECONDS)
@@ -481,7 +482,7 @@ class WorkerGroup:
             for kind in reversed(saved_networks(self.cfg)):  # the policy last, as in a step: sync comes next
                 self.call("load", "load", kind, folder)
             self.sync()
-        self.networks_step = self.step  # sync has counted one on
+        self.networks_step = self.step  # sync() has set it to the next step.
         self.seconds = {}
 
     # -- Phases of a step, in their order
@@ -493,7 +494,7 @@ class WorkerGroup:
         return self.sample("generate", prompts, num_samples, step, *sampling)
 
     def evaluate(self, prompts, num_samples, step):
-        """As generate, with the settings of evaluation, to be measured."""
+        """The same as generate, with the settings of evaluation."""
         cfg = self.cfg
         sampling = (cfg.eval_temperature, cfg.eval_top_p, eval_response_tokens(cfg))
         return self.sample("eval", prompts, num_samples, step, *sampling)
@@ -522,7 +523,7 @@ class WorkerGroup:
         errors = [sample.error for sample in samples if sample.error]
         if errors and not self.task_failed:
             self.task_failed = True
-            self.log.say(f"task_error, where a response gets reward 0: {errors[0]}", bold=True)
+            self.log.say(f"task_error (the response gets reward 0): {errors[0]}", bold=True)
 
     def old_logprobs(self, batch, plan):
         """log π_old(a_t|s_t), fp32 [N]: of the policy before this step's updates."""
@@ -550,12 +551,12 @@ class WorkerGroup:
         self.call("update_reference", "update_reference")
 
     def sync(self):
-        """Send the policy's weights to all vLLM engines, proved complete. It ends the updates of a step."""
+        """Send the policy's weights to all vLLM engines and check that they arrive. This ends the updates of a step."""
         self.call("sync", "sync")
         self.networks_step = self.step + 1
 
     def finish_step(self):
-        """The step is logged and evaluated: from here on a run may stop and go on."""
+        """Call this when the step is logged and evaluated: from here on a run may stop, and go on with the next step."""
         self.step = self.networks_step
 
     # -- Out
@@ -576,7 +577,7 @@ class WorkerGroup:
             self.call("save", "save", kind, f"{folder}.tmp")
         shutil.copy(self.log.dir / "config.json", f"{folder}.tmp")
         os.sync()
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged checkpoint of this step
         os.rename(f"{folder}.tmp", folder)
         saved = checkpoints(self.cfg)
         kept = sorted(saved)[-self.cfg.keep_checkpoints :] + [self.log.best(saved)]
@@ -614,7 +615,7 @@ class WorkerGroup:
         """
         start = time.monotonic()
         longest = self.longest_seconds.get(phase)
-        # Nobody knows yet how long the first phase of its kind takes: it gets two hours.
+        # The first phase of its kind has no earlier time to compare with: it gets two hours.
         limit = self.cfg.phase_timeout or max(600.0, 10 * (longest or 720.0))
         results, pending = {}, refs
         with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
@@ -640,7 +641,7 @@ class WorkerGroup:
         return [results[ref] for ref in refs]
 
     def results_of(self, done):
-        """The results of these calls. The first Worker to fail is heard; the others may be waiting for it."""
+        """The results of these calls. Raises the first failure: the other Workers may be waiting for the failed one."""
         try:
             return self.ray.get(done)
         except (self.ray.exceptions.RayTaskError, self.ray.exceptions.ActorUnavailableError):
@@ -650,8 +651,8 @@ class WorkerGroup:
             raise
 
     def watch(self, method):
-        """Call a method of every Worker beside what it is doing. Raises the death of a Worker that has died."""
-        # Where one does not answer it is asked again, until Ray is sure that its node has gone: the error then names it.
+        """Call a method of every Worker beside what it is doing. Raises Ray's error where a Worker has died."""
+        # A Worker that does not answer is asked again until Ray is sure that its node has gone; the error then names it.
         options = {"concurrency_group": "watch", "max_task_retries": -1}
         return self.ray.get([getattr(handle, method).options(**options).remote() for handle in self.handles])
 
@@ -675,8 +676,8 @@ def worker_environment(cfg, on_gpu):
     """Environment variables of a Worker's process, from its start: libraries read them when they are imported."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's engine runs in the Worker's own process.
-        "VLLM_NO_USAGE_STATS": "1",  # Nothing is reported to anyone.
-        "HF_HUB_OFFLINE": "1",  # The driver has fetched what there is to fetch.
+        "VLLM_NO_USAGE_STATS": "1",  # vLLM sends no usage statistics.
+        "HF_HUB_OFFLINE": "1",  # The driver has downloaded all that is needed.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         # torch would start up to 32 compiling processes in each Worker when it is imported.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -689,7 +690,7 @@ def worker_environment(cfg, on_gpu):
     else:
         environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        # Threads that are not bound to cores: else two Workers would share the same ones.
+        # Threads are not bound to cores: else two Workers would be bound to the same ones.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         threads = max(1, os.cpu_count() // cfg.workers)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -697,7 +698,7 @@ def worker_environment(cfg, on_gpu):
 
 
 def last_line_of_logs(session_dir):
-    """The last line that says something, of those logs of Ray's on this machine that tell why processes do not start."""
+    """The last non-empty line of one of Ray's logs on this machine that tell why processes do not start."""
     for pattern in ("raylet.err", "worker-*.err", "gcs_server.err", "raylet.out"):
         for file in sorted(Path(session_dir, "logs").glob(pattern)):
             lines = file.read_text(errors="replace").split("\n")
@@ -717,7 +718,7 @@ def checkpoints(cfg):
 
 
 def newest_whole_checkpoint(cfg, log):
-    """The step of the newest checkpoint without a fault, 0 where there is none. Newer ones are named and left alone."""
+    """The step of the newest checkpoint without a fault, or 0. Newer, damaged ones are reported and left alone."""
     saved = checkpoints(cfg)
     for step in sorted(saved, reverse=True):
         fault = checkpoint_fault(saved[step], cfg)

@@ -4,8 +4,8 @@ python bench/ablate.py lam --seeds=3     one ablation, or several names; without
 python bench/ablate.py lam --draw        only the figure, from the records that are there
 
 In:   nothing.   Out: bench/results/ablation_NAME.json, docs/ablations/NAME.png; the runs themselves in runs/ablations/.
-Two runs go side by side, each on one Worker with one thread, which repeats to the last bit. Every arm has its first
-seed before any has its second. A run that is recorded is not run again, one that was interrupted continues.
+Two runs are made side by side, each with one Worker and one thread, so that each can be repeated bit for bit. All arms run
+with the first seed before any runs with the second. A recorded run is not run again, an interrupted one continues.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in bench/ only.
+sys.path.insert(0, str(ROOT))  # For a script in bench/, Python looks for modules there only.
 
 from configs.load import load  # noqa: E402
 from log import flatten, read_rows  # noqa: E402
@@ -38,7 +38,7 @@ CONFIG = "configs/recurrence.py"
 RUNS_AT_ONCE = 2
 POLL_SECONDS = 3
 
-# Ablation → arm → what it changes. Every ablation is compared with the baseline, which is run once for all.
+# Ablation → arm → the settings that it changes. Every ablation is compared with the baseline, which is run once for all.
 BASELINE = "baseline"
 LONG = {"steps": 240, "eval_every": 24, "save_every": 24}
 ABLATIONS = {
@@ -130,7 +130,7 @@ def execute(run):
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit_of_code(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "continued": folder.exists(),  # Then `seconds` is only of the part since.
+        "continued": folder.exists(),  # If true, `seconds` covers only the part since then.
         "load_average_before": round(os.getloadavg()[0], 1),
     }
     start = time.monotonic()
@@ -152,11 +152,11 @@ def execute(run):
 
 
 def watch(process):
-    """Wait for a process. Returns the CPU seconds that it and its descendants took, as seen every few seconds."""
+    """Wait for a process. Returns the CPU seconds of it and its descendants, which are sampled every POLL_SECONDS."""
     root = psutil.Process(process.pid)
     seconds = {}  # by the id of the process
     while process.poll() is None:
-        with contextlib.suppress(psutil.Error):  # Some process may just have ended.
+        with contextlib.suppress(psutil.Error):  # A process may have ended meanwhile.
             for one in [root, *root.children(recursive=True)]:
                 times = one.cpu_times()
                 seconds[one.pid] = times.user + times.system
@@ -174,7 +174,7 @@ def machine():
 
 
 def commit_of_code():
-    """The git commit, with "-dirty" if files differ from it that are neither pages nor records."""
+    """The git commit, with "-dirty" if files outside docs/ and bench/results/ differ from it."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     status = [*git, "status", "--porcelain", "--", ".", ":!docs", ":!bench/results"]
@@ -225,7 +225,7 @@ def is_recorded(run):
     if record is None:
         return False
     settings, recorded = run.settings, record["settings"]
-    # A setting that is younger than the record is off by default, and changes nothing.
+    # A setting that is newer than the record is off by default, and changes nothing.
     differing = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if differing:
         file = record_file(run.ablation).relative_to(ROOT)
@@ -279,7 +279,7 @@ def table(ablation):
 
 
 def draw(ablation):
-    """docs/ablations/NAME.png: the mean over the seeds of each arm, and its band of one standard deviation."""
+    """Draw docs/ablations/NAME.png: the mean over the seeds of each arm, and its band of one standard deviation."""
     records = read_records(BASELINE) | read_records(ablation)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8))
     for axis, (title, metric) in zip(axes, PANELS.items()):

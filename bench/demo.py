@@ -55,7 +55,7 @@ def read_lines(file):
 
 
 def share_of_work(file):
-    """How many responses of a samples file work it out before they answer, and how often each kind is right."""
+    """The share of a samples file's responses that work before they answer, and how often either kind is right."""
     worked, guessed = [], []  # whether each is correct
     for row in read_lines(file):
         work = row["response"].partition("</think>")[0]
@@ -156,7 +156,7 @@ def summary(runs):
 
 
 def draw(runs):
-    """Reward and length climb together (ORZ's Figure 2), what the gain is made of, and the controls."""
+    """Draw docs/demo.png: reward and length climb together (ORZ's Figure 2), what the gain is made of, and the controls."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for name, rows in runs.items():
         is_control = not name.startswith("seed")

@@ -1,20 +1,20 @@
-"""What a GPU is kept waiting for: the weight sync, what sleeping vLLM holds, how busy training keeps it. NOT RUN on one.
+"""Three measurements on a GPU: how fast a weight sync is, what sleeping vLLM holds, how busy training is. NOT RUN on a GPU.
 
 python bench/gpu.py [--shapes=0.5B,1.5B,7B] [--repeats=5]     writes bench/results/gpu.json where there is a GPU
-python bench/gpu.py --shapes=toy                               without one: only to try the script; writes nothing
+python bench/gpu.py --shapes=toy                               without a GPU, to try the script; writes nothing
 
 In:   Qwen2.5's shapes with random weights (step.random_model), one GPU, bf16.
 Out:  for each shape
-      sync: Rollout.load_weights(Learner.weights()), as in a step, with its proofs: seconds, and the bytes it must move (each
-      weight read once and written once) over them, as a share of the bandwidth of a large copy on this GPU. Goal: 0.5;
-      at most a third is to be expected, since vLLM's reload copies each weight twice and both checksums read it.
-      asleep: GPU memory that this process holds more with vLLM asleep than before vLLM was made. Goal: under 3 GiB.
+      sync: Rollout.load_weights(Learner.weights()), as in a step, with its checks. Seconds, and the bytes that it must move
+      per second (each weight read once and written once), as a share of the bandwidth of a large copy on this GPU. Goal:
+      0.5; at most a third is expected, since vLLM's reload copies each weight twice and both checksums read it.
+      asleep: GPU memory in use with vLLM asleep, less that before vLLM was made. Goal: under 3 GiB.
       train: Learner.update on packs of 16,384 tokens, two samples each, with and without gradient checkpointing: model
-      FLOPs (6 a weight and token, and 6·A·D·l² a layer for causal attention; what is computed twice counts once) over
-      seconds, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
-      peak_gib and planned_gib: the most that torch held during the updates, and what tools/plan.py expects of them.
+      FLOPs (6 a weight and token, and 6 · hidden size · length² a layer for a sample's causal attention; recomputation is
+      not counted) per second, as a share of the 989 TFLOP/s that NVIDIA states for bf16. Goal: 0.15. 7B does not fit.
+      peak_gib and planned_gib: the most that torch held during the updates, and what tools/plan.py predicts for them.
 
-Each runs in a process of its own, so that it finds the GPU's memory empty.
+Each measurement runs in a process of its own, so that it finds the GPU's memory empty.
 """
 
 import argparse
@@ -188,7 +188,7 @@ ONLY = {
 
 
 def in_a_process(*arguments):
-    """What `python bench/gpu.py ARGUMENTS` prints last; where it fails, what it said."""
+    """The last line that `python bench/gpu.py ARGUMENTS` prints, read as JSON; its last error line where it fails."""
     done = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)

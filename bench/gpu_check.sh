@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in about ten minutes: bench/gpu_check.sh [PACKAGES]
+# The checks and measurements that need a GPU, in about ten minutes: bench/gpu_check.sh [PACKAGES]
 #
-# PACKAGES  a folder of unpacked Python packages for a machine without a network; its own packages come first.
+# PACKAGES  a folder of unpacked Python packages, for a machine without a network; they come before the machine's own.
 #           Without it: .venv, as `make demo` installs it.
-# OUT       where the logs go, one for each step, and what was measured (default runs/gpu_check-N)
+# OUT       the folder for the logs, one for each step, and for what was measured (default runs/gpu_check-N)
 # SECONDS_IN_ALL  how long everything may take (default 640); later steps get what is left
 # PYTHON    default .venv/bin/python where it exists, else python3
 #
-# Each step has a time limit of its own. What needs no vLLM comes first, so that a vLLM that does not start costs nothing.
+# Each step has a time limit of its own. Steps without vLLM come first, so that they have run even if vLLM does not start.
 # Without a GPU the same steps run on the CPU, as far as they go there, and each says what it leaves out; limits are then
 # ten times as long. NOT RUN on a GPU yet.
 set -uo pipefail
@@ -100,7 +100,7 @@ tests turns 40 "moves between GPU and CPU memory: on a CPU nothing moves" turns
 if step vllm 50 "the CUDA build of vLLM" "$python" -c 'import vllm; print("vllm", vllm.__version__)'; then
   tests engine 110 "CUDA graphs, what a sleeping engine holds, the checksum of its weights" engine
   tests demo 150 "NCCL, the turns of the GPU's memory, bf16 by default" demo
-  step bench 120 "what counts: seconds and bytes of a GPU; a toy's are printed, none is kept" \
+  step bench 120 "the seconds and bytes of a GPU; those of a toy model are printed and not kept" \
     "$python" bench/gpu.py "--shapes=$shapes" --repeats=3
   [ "$gpu" = yes ] && cp bench/results/gpu.json "$OUT/gpu.json" 2>/dev/null
   if [ "$gpu" = no ]; then
@@ -116,7 +116,7 @@ if step vllm 50 "the CUDA build of vLLM" "$python" -c 'import vllm; print("vllm"
 else
   echo "vLLM cannot be imported (see $OUT/vllm.log): the steps that need it are left out"
   for only in train train_with_checkpointing; do
-    step "bench_$only" 60 "what counts: seconds of a GPU" \
+    step "bench_$only" 60 "the seconds of a GPU" \
       "$python" bench/gpu.py "--only=$only" "--shapes=$shapes" --repeats=3
   done
 fi

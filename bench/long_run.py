@@ -1,9 +1,9 @@
-"""Does a long run stay as it is? Memory, open files, threads and the size of its folder, over 500 small steps.
+"""Whether a long run leaks: its memory, open files, threads and the size of its folder over 500 small steps.
 
 python bench/long_run.py [STEPS]     writes bench/results/long_run.json
 
-In:   nothing.   Out: for each kind of process (driver, Workers, graders) the mean over a tenth of the run, from the first
-to the last tenth; seconds a step; bytes that a step leaves in runs/.
+In:   nothing.   Out: for each tenth of the run the means for each kind of process (driver, Workers, graders), and the size
+of the run's folder at its end; seconds a step.
 """
 
 import json
@@ -92,7 +92,7 @@ def run_and_watch(steps, folder):
 
 
 def mean_of_tenth(rows):
-    """Means over these rows, of everything that is counted."""
+    """The last step and folder size of these rows, and for each kind of process the means over them."""
     mean = {"last_step": rows[-1]["step"], "run_mib": rows[-1]["run_bytes"] / 2**20}
     for kind in KINDS:
         used = [row[kind] for row in rows if kind in row]

@@ -5,8 +5,8 @@ python bench/pieces.py [REPEATS]     writes bench/results/pieces.json
 In:   8,192 responses of up to 8,000 tokens, mean 2,200 (log-normal), prompts of 100-300 tokens, packs of 16,384 tokens;
       for the head Qwen2.5-0.5B's, 896 x 151,936, and as many tokens as the reference's full logits leave memory for; for
       the grader half of the answers right as they stand, the others another question's, in responses of 5,000 characters.
-Out:  for each piece seconds of both sides, measured in turns (REPEATS times, 5 unless told), their ratio in each turn,
-      whether both gave the same result, and the goal of issue 6 where there is one.
+Out:  for each piece seconds of both sides, measured in turns (REPEATS times, by default 5), their ratio in each turn,
+      whether both gave the same result, and the goal where there is one.
 
 The references: GAE is ORZ's loop over tokens (orz/ppo/utils.py: a few torch operations on tensors of one element), on 48
 of the responses, since it takes the same time for each token; packing is first fit over a list of packs; make_pack's is
@@ -72,7 +72,7 @@ def four_digits(value):
 
 
 def write(name, result):
-    """bench/results/NAME.json, with the load at the end; and on the terminal."""
+    """Write the result to bench/results/NAME.json, with the load average at the end, and print it."""
     result["load_average_at_end"] = os.getloadavg()
     (ROOT / "bench/results").mkdir(exist_ok=True)
     (ROOT / f"bench/results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -87,8 +87,8 @@ def timed(function, *arguments):
 
 
 def in_turns(repeats, ours, reference, ours_units=1, reference_units=1):
-    """Both sides by turns, after one turn to warm up: seconds, and per turn how often ours fits into the reference,
-    each divided by its units of work. Returns that and the last result of either."""
+    """Time both sides in turns, after one turn to warm up. Returns a row with the seconds of each side and, for each turn,
+    reference over ours in seconds per unit of work; then the last result of ours and of the reference."""
     functions = {"ours": ours, "reference": reference}
     seconds = {"ours": [], "reference": []}
     results = {}
@@ -150,7 +150,7 @@ def batch_like_orz(rng, lengths):
 
 
 def orz_gae(rewards, values, lengths, gamma=1.0, lam=1.0):
-    """ORZ's loop, restated: over all tokens of a pack from the last one on, with tensors [1, N]."""
+    """ORZ's loop, restated: backwards over all tokens of a pack, with tensors [1, N]."""
     import torch
 
     rewards = torch.from_numpy(rewards)[None]
@@ -199,7 +199,7 @@ def gae(repeats, batch):
 
 
 def first_fit(lengths, budget):
-    """Each sample, in the order they come, into the first pack with room."""
+    """Put each sample, in the given order, into the first pack with room for it. Returns the packs."""
     packs, rooms = [], []
     for i, length in enumerate(lengths):
         for place, room in enumerate(rooms):
@@ -214,7 +214,7 @@ def first_fit(lengths, budget):
 
 
 def packing(repeats, batch):
-    """For 128 ranks and a hidden size of 5,120 (ORZ-32B). Balance: the slowest rank's work over the mean."""
+    """Packing for 128 ranks and a hidden size of 5,120 (ORZ-32B). Balance is the slowest rank's work over the mean."""
     import packing
 
     lengths, ranks, hidden = batch.lengths, 128, 5120
@@ -283,7 +283,7 @@ def looped_pack(batch, indices):
 
 
 def make_packs(repeats, batch):
-    """What one of 128 ranks makes of its packs, and the loop of the first of them."""
+    """make_pack for all packs of one of 128 ranks, beside the loop for the first of them."""
     import torch
 
     import packing
@@ -343,7 +343,7 @@ def log_probs(repeats, tokens=None):
     if tokens is None:
         # The reference holds logits, their log-softmax, its exponential and product for the entropy, and gradients.
         bytes_per_token = 5 * 4 * VOCABULARY
-        room = 0.8 * min(available_memory(), 12 * 2**30)  # Others work on this machine, too.
+        room = 0.8 * min(available_memory(), 12 * 2**30)  # Other processes need memory, too.
         tokens = int(room / bytes_per_token) // 64 * 64
     torch.manual_seed(0)
     head = model.LogprobHead(HIDDEN, VOCABULARY, bias=False)
@@ -416,7 +416,7 @@ def answers(rng):
 
 
 def grading(repeats):
-    """Two processes, and one without any: what the processes cost and gain."""
+    """The grader with two processes beside its function in this process: what the processes cost and gain."""
     import equality
     import reward
 

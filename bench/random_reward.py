@@ -2,7 +2,8 @@
 
     python launch.py configs/smollm2_135m.py --task=bench/random_reward.py --name=smollm2_control
 
-What learns with these rewards was not taught by them. Evaluation's accuracy is that of ORZ's rule, as in the run itself.
+A gain in accuracy under these rewards cannot come from what they say. Evaluation's accuracy is that of ORZ's rule, as in
+the run itself.
 """
 
 import random
@@ -11,6 +12,6 @@ SHARE = 0.4  # of rewards that are 1: about the mean accuracy of the run's own 8
 
 
 def reward(response, question, correct, finish_reason):
-    # Drawn from the texts, so that a run that makes a step again draws the same.
+    # The texts seed the draw, so that a run that repeats a step after a restart draws the same rewards.
     rng = random.Random(question["question"] + response)
     return float(rng.random() < SHARE)

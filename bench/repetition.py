@@ -62,8 +62,8 @@ def read_batch(file):
 
 @torch.no_grad()
 def of_all_tokens(batch, network, cfg, hidden_size):
-    """What a network says of all response tokens, a list of arrays fp32 [N]: the values, or the log-probs and entropies."""
-    (packs,) = plan_samples(batch, range(len(batch.lengths)), cfg, hidden_size)  # of the only rank
+    """A network's outputs at all response tokens, a list of fp32 arrays [N]: the values, or the log-probs and entropies."""
+    (packs,) = plan_samples(batch, range(len(batch.lengths)), cfg, hidden_size)  # There is only one rank.
     outputs, places = [], []
     for indices in packs:
         pack = make_pack(batch, indices, "cpu")
@@ -91,7 +91,7 @@ def repeated_tokens(token_ids):
 
 
 def compare(batch, samples, values, cfg):
-    """The three answers, as numbers. Returns them and the curves around the first repeated token."""
+    """Returns numbers that answer the three questions, and the curves around the first repeated token."""
     repeated = np.concatenate([repeated_tokens(sample.response_ids) for sample in samples])  # [N]
     place = np.concatenate([np.arange(length) for length in batch.response_lens])  # [N]
     batch.values = values
@@ -125,7 +125,7 @@ def compare(batch, samples, values, cfg):
 
 
 def mean(values):
-    """The mean as a float, or None of nothing."""
+    """The mean as a float, or None if there are no values."""
     return float(np.mean(values, dtype=np.float64)) if len(values) else None
 
 

@@ -1,13 +1,13 @@
-"""How right and how fast the grader is, beside ORZ's rules and math-verify, on the labelled pairs of tests/.
+"""Accuracy and speed of the grader, beside ORZ's rules and math-verify, on the labelled pairs of tests/.
 
     pip install --target /tmp/mv --no-deps math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2
     PYTHONPATH=/tmp/mv python bench/reward.py [--data DIR]    prints tables and writes bench/results/reward.json
 
 math-verify and its parser stand in a folder of their own, so that no run can import them.
 
-The pairs were written for this project, by the author of the grader, before the grader; they are its specification,
-so that its own score says "as specified", and only the other two scores compare systems on neutral ground with the
-caveat that they were not made to this specification.
+The author of the grader wrote the pairs for this project, before the grader, as its specification. So this grader's own
+score only says how well it does what was specified. The scores of the other two systems can be compared with each other;
+they were not made to this specification.
 """
 
 import argparse
@@ -53,7 +53,7 @@ ORZ_REMOVED += (
 
 
 def orz_normalise(text):
-    """Delimiters, words, units and spaces away; commas of plain numbers away; fractions and roots braced."""
+    """Remove delimiters, words, units, spaces and the commas of plain numbers; put braces into fractions and roots."""
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{(.*?)\}", r"\1", text.split("=")[-1])
     text = re.sub(r"\\boxed\{(.*)\}|\$", r"\1", re.sub(r"\\[dt]frac", r"\\frac", text))
     text = re.sub(rf"\b(?:an?|and|or)\b|{ORZ_REMOVED}|\\left|\\right|\\ |\s", "", text)
@@ -63,7 +63,8 @@ def orz_normalise(text):
 
 
 def sympy_latex(text):
-    """sympy's parser, generated for antlr 4.11, on the installed 4.13: same format, but it refuses and warns."""
+    """sympy's parser. It was generated for antlr 4.11 and would refuse the installed 4.13, whose format is the same: so it
+    is told that 4.11 is installed, and its warnings are not printed."""
     _parse_latex_antlr.version = lambda name: "4.11"
     with contextlib.redirect_stdout(io.StringIO()):
         return _parse_latex_antlr.parse_latex(text)
@@ -92,13 +93,13 @@ def orz(answer, reference):
 
 
 def math_verify(answer, reference):
-    """As its documentation says: both as LaTeX in math mode, the reference first."""
+    """math-verify, used as its documentation says: both as LaTeX in math mode, the reference first."""
     gold, mine = (parse(text if "$" in text else f"${text}$") for text in (reference, answer))
     return verify(gold, mine)
 
 
 def forget():
-    """A grading process remembers what it has read; a new text takes longer."""
+    """Empty the caches of equality.py. A grading process remembers what it has read; a new text takes longer."""
     for function in vars(equality).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
@@ -124,7 +125,7 @@ def expire(*_):
 
 
 def limited(function, *arguments, repeats=3):
-    """(result or None where it took too long or raised, milliseconds: the best of a few runs)."""
+    """(result, milliseconds of the fastest of a few runs). The result is None where the function took too long or raised."""
     times = []
     for _ in range(repeats):
         signal.setitimer(signal.ITIMER_PROF, LIMIT)
@@ -185,7 +186,7 @@ def by_stage():
 
 
 def parsers(references):
-    """Which references each parser reads at all, and how long it takes: why sympy's and math-verify's are not used."""
+    """How many references each parser reads at all, and how long it takes: the reason why only this project's is used."""
     from latex2sympy2_extended import latex2sympy
 
     def own(text):
@@ -207,7 +208,7 @@ def parsers(references):
 
 
 def constant_answers(references):
-    """The reward that a policy earns which gives one answer to all questions: the best of 100 strings.
+    """The reward of a policy that gives the same answer to all questions: the best of 100 strings.
 
     Half of them state no value and are no reference: they must earn nothing. The others are the most frequent
     references: one earns the share of the references that have its value.
@@ -238,7 +239,7 @@ def constant_answers(references):
 
 
 def many_different(count=60000):
-    """Resident memory of one process that decides many different answers: caches are bounded."""
+    """Resident memory of one process that decides many different answers. It must not grow: the caches are bounded."""
     rng = random.Random(0)
     spellings = [
         lambda: rf"\frac{{{rng.randint(1, 10**6)}}}{{{rng.randint(1, 10**6)}}}",
@@ -257,7 +258,7 @@ def many_different(count=60000):
 
 
 def alone_and_in_a_batch(count=1024):
-    """Verdicts that differ between a request alone and the same request among many: 0."""
+    """How many verdicts differ between a request alone and the same request among many; it must be 0."""
     rng = random.Random(0)
     balanced = [
         p[:2] for pairs in PAIRS.values() for p in pairs if p[0] and p[0].count("{") == p[0].count("}")
@@ -272,7 +273,8 @@ def alone_and_in_a_batch(count=1024):
 
 
 def throughput(references, count=8192, processes=2):
-    """A step's worth of responses through the Grader: half right as written, the others another reference."""
+    """A step's worth of responses through the Grader. Their answers are the reference as written (half), the reference
+    between spaces (a quarter) and any reference (a quarter)."""
     rng = random.Random(0)
     filler = "Let me think about this step by step. Wait, I should recheck the sum of the digits. " * 60
     items = []
@@ -293,7 +295,7 @@ def throughput(references, count=8192, processes=2):
     seconds = time.monotonic() - before
     own_cpu = os.times().user + os.times().system - cpu.user - cpu.system
     for process in filter(None, grader.idle):
-        process.communicate()  # it ends with its input, and then its CPU time counts
+        process.communicate()  # The process ends when its input does; only then RUSAGE_CHILDREN includes it.
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "responses": count,

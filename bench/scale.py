@@ -1,17 +1,18 @@
-"""The driver of a step of ORZ-32B's size, with Workers that sleep: what does the controller cost at 8, 32 and 128 Workers?
+"""What the driver costs in a step of ORZ-32B's size, at 8, 32 and 128 Workers; the Workers only sleep.
 
 python bench/scale.py [--steps=4] [--step_seconds=60] [--workers=8,32,128]     writes bench/results/scale.json
 
 In:   launch.train as it is, with the settings of configs/orz_32b.py: 8,192 responses of up to 8,000 tokens a step (mean
       2,200, four characters a token), through WorkerGroup and Ray's object store, packing.Batch, packing, GAE, and the log
       with its samples files. Each Worker is a Ray actor on this machine that imports numpy and not torch: it makes
-      responses of those lengths and sleeps for the time of its phase (the shares that docs/smollm2/metrics.jsonl
-      recorded, of a step of step_seconds). No network is involved: all processes share one object store.
+      responses of those lengths and sleeps for the time of each phase (its share of the step in docs/smollm2/metrics.jsonl,
+      times step_seconds). No network is involved: all processes share one object store.
 Out:  per step, of the driver's process: CPU seconds, and the goal (2% of the step); bytes and objects put into Ray's object
       store; peak memory of driver and Workers; CPU seconds of Ray's own processes. Then where the driver's time goes, from
       one more step under cProfile (which makes Python code slower, and is not counted).
 
-Where memory allows no 128 Workers (80 MiB each, and 4 GiB for the rest), 64 take their place, and the result says so.
+Where memory is too small for a number of Workers (80 MiB each, and 4 GiB for the rest), half as many are used: 64 in place
+of 128. The result says so.
 """
 
 import argparse
@@ -44,7 +45,7 @@ RESERVED_BYTES = 4 * 2**30  # for the driver, Ray and the rest of the machine
 
 
 def recorded_seconds(step_seconds):
-    """Seconds of each phase: the shares of the SmolLM2 run's steps, of a step of step_seconds."""
+    """Seconds of each phase: its share of the SmolLM2 run's steps, times step_seconds."""
     rows = [json.loads(line) for line in (ROOT / "docs/smollm2/metrics.jsonl").read_text().splitlines()]
     total = {}
     for phase in ("generate", "values", "critic", "policy", "sync"):
@@ -154,11 +155,12 @@ def stand_in(seconds, lengths, stats, text):
 
 
 class Marked(launch.Log):
-    """The log, which also notes what had been used when each step's samples were written: the end of its bookkeeping."""
+    """A Log that also notes the resources used so far whenever a step's samples have been written, the end of the step's
+    bookkeeping."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.look = None  # see looker; it needs Ray's processes, which start later
+        self.look = None  # made by looker, when Ray's processes have started
         self.marks = []  # what self.look found at the end of each step
         self.profiled_from = cfg.steps - 1
         self.profile = cProfile.Profile()
@@ -188,7 +190,7 @@ def ray_processes():
 
 
 def looker():
-    """A function that gives what has been used so far, of everything that is counted."""
+    """Returns a function that returns how much of each counted resource has been used so far."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -212,7 +214,7 @@ def looker():
     return look
 
 
-# Functions that are left out of the profile: waiting is no work, and Ray's wrappers around every call say nothing.
+# Functions that are left out of the profile: waiting is not work, and Ray wraps every call in functions that say nothing.
 NO_WORK = (" wait", "wrapper", "'acquire' of '_thread.lock' objects>")
 
 
@@ -238,7 +240,7 @@ def start_ray(num_workers):
 
     return ray.init(
         "local",
-        num_cpus=num_workers,  # of which this machine has two: the Workers sleep
+        num_cpus=num_workers,  # more than this machine has, because the Workers only sleep
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -259,7 +261,7 @@ def make_tasks():
 
 
 def run(num_workers, options, folder):
-    """launch.train over stand-ins. Returns the log, and what only this run knows of its result.
+    """Run launch.train with stand-ins. Returns the log, and the part of the result that is not in its marks.
 
     One step warms up, options.steps count, and one runs under the profiler.
     """

@@ -1,4 +1,4 @@
-"""The SmolLM2 runs, recorded:
+"""Record the SmolLM2 runs in docs/smollm2/.
 
     python bench/smollm2.py runs/smollm2_135m [--beside seed_2=runs/… random_rewards=runs/…] [--note="…"]
 
@@ -67,7 +67,7 @@ def grade(rows, texts_and_reasons):
 
 
 def anatomy(rows, kinds):
-    """What an accuracy is made of: the share that gives a boxed answer at all, how many of those are right, and the
+    """What an accuracy is made of: the share of responses with a boxed answer, the share of these that is right, and the
     accuracy by kind of problem.
 
     kinds: question → kind.
@@ -138,7 +138,7 @@ def response_logprobs(hf, row, temperature):
 
 
 def with_vllm(folder, rows, cfg):
-    """As with_transformers."""
+    """The same as with_transformers, but by vLLM."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -172,8 +172,8 @@ def with_vllm(folder, rows, cfg):
 
 
 def reload(run, cfg, name, step, questions):
-    """What the exported policy scores on the first `questions` of a held-out file, loaded by others than this project,
-    beside what the run itself measured on them."""
+    """The accuracy of the exported policy on the first `questions` of a held-out file, when transformers and vLLM load it
+    without this project, beside the accuracy that the run measured on them."""
     rows = lines(run / "samples" / f"eval_{name}_{step}.jsonl")[: questions * cfg.eval_samples]
     in_training = accuracy_of([row["correct"] for row in rows], cfg.eval_samples)
     results = {"questions": len(rows) // cfg.eval_samples, "in_training": in_training}
@@ -245,7 +245,7 @@ def record(run, beside, note):
 
 
 def ends(folder, metrics):
-    """What a summary says of another run: its commit, its steps, and its first and last evaluation."""
+    """What a summary says about another run: its commit, its steps, and its first and last evaluation."""
     evaluated = [row for row in metrics if "eval" in row]
     return {
         "commit": json.loads((folder / "config.json").read_text())["commit"],
@@ -294,7 +294,7 @@ FILES = {"eval": "held-out numbers", "eval_wordings": "held-out numbers and word
 
 
 def draw(metrics, others):
-    """Held-out accuracy with its errors on the left, accuracy in training in the middle, responses on the right.
+    """Draw held-out accuracy with its errors (left), accuracy in training (middle) and the share of cut off responses.
 
     others: name → metrics of a run that is drawn beside this one, dashed.
     """
@@ -312,7 +312,7 @@ def draw(metrics, others):
 
 
 def draw_run(axes, metrics, suffix, style):
-    """The curves of one run, with what is to be added to each label, and the style of its lines."""
+    """Draw the curves of one run. `suffix` is added to each label; `style` is that of the lines."""
     trained = [row for row in metrics if row["step"] > 0]
     steps = [row["step"] for row in trained]
     for color, (name, label) in zip(("C0", "C1"), FILES.items()):
@@ -322,7 +322,7 @@ def draw_run(axes, metrics, suffix, style):
 
 
 def draw_accuracies(axis, metrics, name, **style):
-    """The accuracies of one held-out file, with their standard errors."""
+    """Draw the accuracies of one held-out file, with their standard errors."""
     steps, accuracies, errors = [], [], []
     for row in metrics:
         if "eval" in row:
@@ -337,11 +337,17 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--beside", nargs="*", default=[], help="NAME=FOLDER of other runs")
     parser.add_argument(
-        "--note", default="", help="what else is to be known about the machine during the run"
+        "--note", default="", help="a remark on the machine during the run, kept in summary.json"
     )
-    parser.add_argument("--reload", nargs="*", help="held-out files to measure the exported policy on (all)")
-    parser.add_argument("--questions", type=int, default=10**9, help="the first so many of each file (all)")
-    parser.add_argument("--load", type=Path, help="lines of /proc/loadavg taken during the run, for its mean")
+    parser.add_argument(
+        "--reload", nargs="*", help="held-out files to measure the exported policy on (default: all)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=10**9, help="only the first N of each file (default: all)"
+    )
+    parser.add_argument(
+        "--load", type=Path, help="lines of /proc/loadavg of the run, for their mean and maximum"
+    )
     options = parser.parse_args()
     beside = {}
     for argument in options.beside:

@@ -1,14 +1,15 @@
 """Where the seconds of a training step go, and how far that is from its floor. NOT RUN on a GPU.
 
 python bench/step.py [--steps=5] [--cases=tiny,tiny_demo,smollm2] [--workers=2]     writes bench/results/step.json
-python bench/step.py     where there is a GPU: --cases=0.5B,1.5B --workers=1         writes bench/results/step_gpu.json
+python bench/step.py     with a GPU the defaults are --cases=0.5B,1.5B --workers=1   writes bench/results/step_gpu.json
 
-In:   runs of launch.py as they are (its main is called here), with responses of fixed length.
+In:   runs of launch.py as it is (its main is called here), with responses of fixed length.
 Out:  for each case the seconds of a step by phase, and "everything else": what the step took beyond its phases, i.e. the
-      driver's own work (packing, GAE, the log and its files, Ray). After each step the Workers measure its floor: vLLM
-      generating the same requests by one plain llm.generate (no log-probs, no text), and plain torch networks without
-      DeepSpeed, Ray or an optimizer running the step's own packs: critic forward, critic forward and backward, policy
-      forward and backward. Same dtype, prompts, lengths, packs and threads; of several Workers the slowest counts.
+      driver's own work (packing, GAE, the log and its files, Ray). After each step the Workers measure its floor, the time
+      of the same work done as plainly as possible: vLLM generates the same requests by one plain llm.generate (no log-probs,
+      no text), and plain torch networks without DeepSpeed, Ray or an optimizer run the step's own packs: critic forward,
+      critic forward and backward, policy forward and backward. Same dtype, prompts, lengths, packs and threads; of several
+      Workers the slowest counts.
       Ratio: step over sum of floors, for each step. Goal: at most 1 / 0.85 = 1.18.
 
 The Workers are changed in two ways (Measured below). SamplingParams gets ignore_eos and neither stop strings nor stop
@@ -39,6 +40,8 @@ import workers
 from tools import plan
 
 GOAL = 1 / 0.85
+# The pass that records tokens for the report is left out: it has no floor, and takes the same time for any batch.
+NO_REPORT = "--report_samples=0"
 PHASES = ("generate", "values", "critic", "policy", "sync")
 # 16 prompts x 8 samples x 64 tokens as in vs_trl.py; the demo's own step; and SmolLM2's with 64 tokens
 CASES = {
@@ -60,7 +63,7 @@ ON_A_GPU = [
     "--max_prompt_tokens=1024",
     "--max_response_tokens=1024",
     "--max_tokens_per_pack=16384",
-    "--gpu_memory_utilization=0.4",  # of the rest the floor's plain networks take their share
+    "--gpu_memory_utilization=0.4",  # The rest must also hold the plain networks of the floor.
     "--drift_limit=-1",
 ]
 SHAPES = {
@@ -91,7 +94,7 @@ class Measured(workers.Worker):
         import vllm
 
         fixed = {"ignore_eos": True, "stop": [], "stop_token_ids": []}
-        if "random_" in self.cfg.model:  # Most of its words are in no tokenizer.
+        if "random_" in self.cfg.model:  # Its tokenizer, the demo's, does not know most of its token ids.
             fixed["detokenize"] = False
         self.sampling_params = vllm.SamplingParams
         vllm.SamplingParams = lambda **settings: self.sampling_params(**settings | fixed)
@@ -113,7 +116,8 @@ class Measured(workers.Worker):
         """
         import torch
 
-        # Two Workers on SmolLM2 come near 24 GB: step and floor both begin without what the other has freed and kept.
+        # Two Workers on SmolLM2 need almost 24 GB. malloc_trim gives the memory that one of step and floor has freed back to
+        # the system, before the other begins.
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         seconds = {"generate": self.generate_plainly()}
@@ -201,9 +205,9 @@ class Measured(workers.Worker):
 
 
 class MeasuredGroup(workers.WorkerGroup):
-    """Adds a row to `rows` after each step, and calls `between` then, outside the step's time.
+    """A WorkerGroup that adds a row to `rows` after each step, and then calls `between`, outside the step's time.
 
-    between: a function of this object, whose result, a dict, is added to the row.
+    between: a function that is called with this object. It returns a dict, which is added to the row.
     """
 
     def __init__(self, *arguments, rows, between):
@@ -227,7 +231,7 @@ class MeasuredGroup(workers.WorkerGroup):
         return super().update(kind, batch, plans, kl_plan)
 
     def take_seconds(self):
-        """The log asks for this at the end of a step. It writes the samples after that: in the next step's time."""
+        """The log asks for this at the end of a step. It writes the samples afterwards, which counts to the next step."""
         step_seconds = time.monotonic() - self.step_start
         timings = super().take_seconds()
         row = {
@@ -247,7 +251,7 @@ def measured_run(arguments, between):
     rows = []
     workers.Worker = Measured
     launch.WorkerGroup = partial(MeasuredGroup, rows=rows, between=between)
-    # Each process that Ray starts finds this file, behind the project's own.
+    # So each process that Ray starts finds this file; the project's folder comes before this one.
     os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "bench")}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
@@ -325,7 +329,7 @@ def random_model(name):
     """models/random_NAME: Qwen2 of that shape with random weights in bf16, and the demo's tokenizer."""
     folder = ROOT / "models" / f"random_{name}"
     if not folder.exists():
-        # This runs in a process of its own, whose GPU memory goes with it.
+        # This runs in a process of its own, whose GPU memory is freed when it ends.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_random_model, name, f"{folder}.tmp").result()
         os.rename(f"{folder}.tmp", folder)
@@ -369,6 +373,7 @@ def main():
             f"--steps={options.steps + 1}",
             f"--workers={options.workers}",
             f"--dtype={options.dtype}",
+            NO_REPORT,
         ]
         rows = measured_run([*settings_of(case), *settings], measure_floor)
         conditions = {"settings": settings_of(case), "load_average": os.getloadavg()[0]}

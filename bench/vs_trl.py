@@ -4,18 +4,18 @@ python bench/vs_trl.py [--steps=5] [--cases=tiny,smollm2] [--workers=2]     writ
 
 In:   the tiny model (128 responses x 64 tokens) and SmolLM2-135M (64 x 64), both in fp32: the same prompts, number of
       samples, response lengths, dtype, learning rate, and random 0/1 rewards on both sides.
-Out:  seconds of a step of either, one after the other in one run, after one of each to warm up; their ratio in each turn.
+Out:  seconds of a step on either side, in turns in one run, after one step of each to warm up; their ratio in each turn.
       First GRPO without a critic on both sides; then this project's whole PPO step with its critic beside the same TRL.
 
 TRL 1.16 is installed into bench/.venv, with this environment's torch and transformers. It generates with Hugging Face
 there: its vLLM mode does not run on a CPU (it fails at the weight sync). It trains the tiny model's responses as one
 batch, SmolLM2's 8 at a time (gradient accumulation), without gradient checkpointing, with its default loss (dapo: one
-mean over all tokens, as here), beta=0, one update a batch and so no pass for old log-probs. Its process sleeps during
-our turn, and ours during its. Ours reads a prompt once for those of its samples that are in one pack; TRL once a sample.
+mean over all tokens, as here), beta=0, one update a batch and so no pass for old log-probs. TRL's process sleeps during
+our turn, and ours during TRL's. Ours computes a prompt once for all of its samples in a pack, TRL once for each sample.
 
-Issue 6 asks for SmolLM2 in bf16. Where the processor has no AVX-512 torch's bf16 backward is many times slower than its
-fp32 (measured here too: "linear_gflops"), for either side; --dtype=bfloat16 runs it all the same. TRL's weights and
-Adam's states are bf16 then; ours have fp32 master weights.
+The case is fp32, because on a processor without AVX-512 torch's bf16 backward is many times slower than its fp32, on both
+sides (measured here, too: "linear_gflops"). --dtype=bfloat16 runs it in bf16: then TRL's weights and Adam's states are
+bf16, ours have fp32 master weights.
 
 Fixed lengths: ours as in step.py (ignore_eos, no stop strings or tokens); TRL's by min_new_tokens = max_new_tokens.
 """
@@ -37,7 +37,7 @@ CASES = {
     "tiny": ["configs/tiny.py", "--prompts_per_step=16", "--samples_per_prompt=8"],
     "smollm2": ["configs/smollm2_135m.py"],
 }
-# Responses in one forward of TRL, which makes all their logits: with more of SmolLM2's both sides exceed 23 GiB
+# Responses in one forward pass of TRL, which makes all their logits. With more of SmolLM2's both sides would exceed 23 GiB.
 AT_ONCE = {"tiny": 128, "smollm2": 8}
 SIDES = {"grpo": ["--advantage=grpo"], "ppo": []}  # ours; TRL's is the same in both
 
@@ -46,9 +46,9 @@ SIDES = {"grpo": ["--advantage=grpo"], "ppo": []}  # ours; TRL's is the same in 
 
 
 def trl_side(settings):
-    """Train as GRPOTrainer does, one step for each line of standard input; answers with its seconds, one line each."""
+    """Train with GRPOTrainer: make one step for each line of standard input, and reply with a line that has its seconds."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever it prints goes elsewhere
+    os.dup2(2, 1)  # What TRL prints goes to standard error.
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -89,7 +89,7 @@ def trl_side(settings):
         adam_beta2=0.95,
         max_grad_norm=1.0,
         gradient_checkpointing=False,
-        bf16=False,  # no autocast: the weights have the dtype
+        bf16=False,  # no autocast; model_init_kwargs sets the dtype of the weights
         model_init_kwargs={"dtype": settings["dtype"]},
         shuffle_dataset=False,
         use_cpu=True,
@@ -149,7 +149,7 @@ def prompts_of(arguments, steps):
 
 
 def compare(python, arguments, steps, at_once):
-    """Both sides in turns; a summary of each, and the ratio."""
+    """Run both sides in turns. Returns a summary of each, and the ratio."""
     import step
 
     total = steps + 1  # one to warm up
@@ -201,7 +201,7 @@ def compare(python, arguments, steps, at_once):
 
 
 def linear_gflops():
-    """What a linear layer of SmolLM2 reaches on this processor, by dtype: 512 tokens, 576 x 1536; best of three."""
+    """GFLOP/s of a linear layer of SmolLM2 on this processor, by dtype: 512 tokens, 576 x 1536; best of three."""
     import torch
 
     flops = 2 * 512 * 576 * 1536

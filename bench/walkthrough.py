@@ -1,4 +1,4 @@
-"""The step that docs/walkthrough.md follows, recorded, and the page's numbers, computed from the record.
+"""Record the step that docs/walkthrough.md follows, and compute the page's numbers from the record.
 
     python launch.py configs/tiny.py --workers=2 --name=walk --save_every=1 --keep_checkpoints=30
     python tools/export.py runs/walk 3
@@ -12,9 +12,9 @@
     python bench/walkthrough.py write                 the blocks of numbers in docs/walkthrough.md
 
 In:   a run of the demo with its checkpoints of two steps exported.
-Out:  step.npz, one training step as flat arrays: the samples, what the critic and the policy said of every token before the
-      step, and the policy's log-probs after it. step.json: the run's row of metrics, the change of every weight, and
-      responses to the question that the page follows, before and after training.
+Out:  step.npz, one training step as flat arrays: the samples, the critic's values and the policy's log-probs and entropies
+      at every token before the step, and the log-probs after it. step.json: the run's row of metrics, the change of every
+      weight, and responses to the question that the page follows, after training.
 
 A block of the page stands between the lines <!-- NAME --> and ```, and is what the function NAME of this file prints. It
 computes with the project's own functions; tests/test_walkthrough.py computes every block again.
@@ -332,7 +332,7 @@ def slips(step):
 
 
 def first_tokens(step):
-    """The first token of all responses of the batch: what working and guessing brought, and what the update made of them."""
+    """The first token of all responses of the batch: what working and guessing earned, and how the update changed them."""
     firsts = step.batch.response_starts  # [B]
     tokens = [int(sample.response_ids[0]) for sample in step.samples]
     text = f"{'first token':>11}{'responses':>11}{'mean reward':>13}{'mean Â':>8}{'mean π before':>15}{'mean π after':>14}\n"

@@ -1,8 +1,8 @@
-"""--debug=True: any config as a run of minutes, on whatever is there. Read after the config, before the command line.
+"""--debug=True: any config as a run of minutes on any machine. This is read after the config, before the command line.
 
     python launch.py configs/orz_32b.py --debug=True        one core, or one GPU
 
-The demo's model and task, one Worker, three steps of 8 prompts x 8 samples. What is not here stays the config's own.
+The demo's model and task, one Worker, three steps of 8 prompts x 8 samples. Settings that are not here stay the config's.
 """
 
 model = "data/tiny"

@@ -22,7 +22,7 @@ PATHS = ("model", "critic_model", "train_data", "eval_data", "task")
 MAY_CHANGE = """steps policy_lr critic_lr policy_lr_final lr_decay_steps eval_every eval_samples eval_data save_every
     keep_checkpoints samples_every report_samples max_restarts on_nonfinite drift_limit phase_timeout gpu_memory gpu_memory_utilization
     trust_remote_code task_memory_gb wandb""".split()
-# Paths that may differ then: what they name may have moved, and its content is compared. Any other setting must stay.
+# Paths and names that may differ then: what they name may have moved, and its content is compared. All others must stay.
 MAY_MOVE = "model critic_model train_data task out_dir name".split()
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", list: "a list"}
 
@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 def load(argv):
-    """The settings of a run. Where it is asked for, prints the help and exits."""
+    """The settings of a run. With --help in argv, prints the help and exits."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         sys.exit(0)
@@ -133,13 +133,14 @@ def parse(text, default):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text  # A text, where none is meant: `checked` refuses it by its type.
+        return text  # `checked` refuses it, because it has the wrong type.
 
 
 def find(path):
-    """An absolute path, or a list of them: from here if it exists, else from the project's folder; else as it is.
+    """The absolute path, if it exists from the current folder or else from the project's folder; else the path as it is,
+    which may be a hub name. For a list, a list.
 
-    "~" is the home folder; a shell leaves it alone behind an equals sign.
+    "~" is the home folder; a shell does not replace it behind an equals sign.
     """
     if isinstance(path, list):
         return [find(item) for item in path]
@@ -167,7 +168,7 @@ def checked(key, value, base, place):
 
 
 def has_type_of(default, value):
-    """Whether a value has its default's type. An int is a fine float; nothing else is converted."""
+    """Whether a value has its default's type. An int is accepted where a float is meant."""
     if isinstance(default, list):
         example = item_example(default)
         return isinstance(value, list) and all(has_type_of(example, item) for item in value)
@@ -177,12 +178,12 @@ def has_type_of(default, value):
 
 
 def item_example(default):
-    """An item as it may stand in a list whose default this is. Where the default is empty, items are texts."""
+    """An example item for a setting with this list as its default. Where the default is empty, items are texts."""
     return default[0] if default else ""
 
 
 def documentation():
-    """base.py's own words: setting → (comment, the range in its brackets or an empty text)."""
+    """base.py's comments: setting → (comment, the range in its brackets or an empty text)."""
     pattern = r"^([a-z]\w*) = .*?  # (.*?)(?: \[([^][]+)\])?$"
     found = re.findall(pattern, BASE.read_text(encoding="utf-8"), re.MULTILINE)
     return {key: (comment, legal) for key, comment, legal in found}
@@ -200,7 +201,7 @@ def check_ranges(settings):
 
 
 def has_critic(cfg):
-    """Whether the advantages need a critic. Nothing else compares the name."""
+    """Whether the advantages need a critic: only those of "gae" do."""
     return cfg.advantage == "gae"
 
 
@@ -242,7 +243,7 @@ def check_steps_and_data(cfg):
     for path in cfg.eval_data:
         name = Path(path).stem
         if name in names:
-            reason = "metrics go by the file's name, so no two of one name"
+            reason = "metrics are named after the file, so no two files may have the same name"
             raise UserError(f"eval_data: {path} would be the second set that is called {name!r}; {reason}")
         names.append(name)
 
@@ -311,12 +312,12 @@ def check_without_critic(cfg):
         reason = "there is no critic that could learn alone"
         raise UserError(f"{advantage}, critic_warmup_steps={cfg.critic_warmup_steps}: {reason}; give 0")
     if not cfg.normalise_advantages:
-        reason = "each of these is normalised as its name says; dr_grpo and rloo are not"
+        reason = "only gae has this choice; grpo and reinforce always normalise, dr_grpo and rloo never do"
         raise UserError(f"{advantage}, normalise_advantages=False: {reason}")
 
 
 def without_effect(cfg):
-    """Settings that differ from base.py and change nothing beside the others: a line about each, to be printed."""
+    """Lines to print: one for each setting that differs from base.py but has no effect with the other settings."""
     unused = {}  # setting → why
     if updates_per_step(cfg, "policy") == 1:
         for key in ("clip_eps", "clip_eps_high"):

@@ -6,8 +6,8 @@
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 128 GPUs / tensor parallel 4 = 32 vLLM engines, 682
 or 683 in each of 12 critic updates. 1,100 steps x 128 prompts = 140,800 = 1.1 epochs of 57k + 72k questions.
-The paper's first stage has 1,100 steps (appendix B); that it used both files is read from ORZ's README, by which the 13k
-hard ones were "mined from the above 129k data". AIME 2024 after it: about 41 (README).
+The paper's first stage has 1,100 steps (appendix B). That it used both files follows from ORZ's README, which says that the
+13k hard questions were "mined from the above 129k data". AIME 2024 after this stage: about 41 (README).
 Lengths: ORZ's authors answered in its issues 50 and 65 that 32B was trained at 16,384 response tokens, in packs of
 2,048 + 16,384 = 18,432, and evaluated at 32,768. Its released script says 8,000, which cannot reach the 10,000 of Figure 2.
 After the second stage ORZ reported, avg@16 (table 4): AIME 2024 48.1, AIME 2025 36.0, MATH500 92.2, GPQA Diamond 55.5.

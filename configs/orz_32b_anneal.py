@@ -1,13 +1,13 @@
 """ORZ-32B, second stage: 100 steps on the 13k hard questions, from the first stage's networks. Not run by us.
 
-    python launch.py configs/orz_32b.py                 first; its runs/orz_32b/ holds policy/ and critic/ at its end
+    python launch.py configs/orz_32b.py                 first: at its end runs/orz_32b/ holds policy/ and critic/
     python launch.py configs/orz_32b_anneal.py          128 GPUs of 80 GB (ORZ's README: 16 nodes of 8)
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 128 GPUs / tensor parallel 4 = 32 vLLM engines, 682
 or 683 in each of 12 critic updates. The policy's learning rate falls linearly from 1e-6 to 3e-7 over these 100 steps, the
-critic's stays 5e-6 (appendix B). Without another warm-up: our choice, the paper does not say.
-Lengths as in the first stage: see orz_32b.py.
-After it ORZ reported, avg@16 (table 4): AIME 2024 48.1, AIME 2025 36.0, MATH500 92.2, GPQA Diamond 55.5.
+critic's stays 5e-6 (appendix B). There is no second warm-up: this is our choice, since the paper does not say.
+The lengths are those of the first stage: see orz_32b.py.
+ORZ reported after this stage, avg@16 (table 4): AIME 2024 48.1, AIME 2025 36.0, MATH500 92.2, GPQA Diamond 55.5.
 """
 
 model = "runs/orz_32b/policy"

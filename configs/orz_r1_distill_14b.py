@@ -6,12 +6,12 @@
 
 128 prompts x 64 samples = 8,192 responses a step: 256 for each of 64 GPUs / tensor parallel 2 = 32 vLLM engines, 682 or
 683 in each of 12 critic updates. 300 steps x 128 prompts = 38,400 = 3 epochs of 13k questions.
-The paper (appendix B): the 13k mined prompts, everything else as in the other runs, scores of step 300. ORZ's prompt too:
-it opens <think>, as this model is used to; prompt_template="chat" would be the model's own.
-No source gives its lengths: 8,000 is that of ORZ's scripts. This model was made to think for longer; hard questions take it
-more than 8,000 tokens at first, so that in training many responses are cut off (reward 0) and it learns to be shorter, and
-evaluation at 8,000 stays below the scores reported. To train and measure it as ORZ-32B: --max_response_tokens=16384
---max_tokens_per_pack=18432 --eval_max_response_tokens=32768.
+The paper (appendix B): the 13k mined prompts, everything else as in the other runs, scores of step 300. The prompt, too, is
+ORZ's: it opens <think>, which this model is used to; prompt_template="chat" would be the model's own.
+No source gives the lengths of this run: 8,000 is that of ORZ's scripts. This model was made to think for longer, and hard
+questions take more than 8,000 tokens at first. In training many responses are then cut off (reward 0), so that it learns
+shorter ones; evaluation at 8,000 stays below the scores reported. To train and measure it as ORZ-32B:
+--max_response_tokens=16384 --max_tokens_per_pack=18432 --eval_max_response_tokens=32768.
 ORZ reported, avg@16 (table 3): AIME 2024 75.2, AIME 2025 60.0, MATH500 95.6, GPQA Diamond 60.4.
 """
 

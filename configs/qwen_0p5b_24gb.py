@@ -5,7 +5,7 @@
 32 prompts x 16 samples = 512 responses a step, of at most 1,024 tokens; 100 steps see 3,200 of the 20,000 questions.
 tools/plan.py estimates 18.0 GiB on the GPU (the policy's update; vLLM may fill half of the card while it generates) and
 16.6 GiB in CPU memory, where the learners' states wait. A checkpoint takes 11.9 GB of disk, and up to 4 exist at once.
-The hub gives the model at the first start (1 GB); the questions are made then, too.
+The first start downloads the model from the hub (1 GB) and makes the questions.
 """
 
 model = "Qwen/Qwen2.5-0.5B"

@@ -11,7 +11,7 @@ model = "models/smollm2_135m"
 critic_model = "models/smollm2_135m_critic"  # 6 of its 30 layers: a whole one costs as much as the policy
 train_data = ["data/word_problems/train.jsonl"]
 eval_data = ["data/word_problems/eval.jsonl", "data/word_problems/eval_wordings.jsonl"]
-prompt_template = (  # behind the tokenizer's <|im_start|>; two examples, or it hardly ever gives a boxed answer
+prompt_template = (  # <|im_start|> comes before this. Without the examples the model hardly ever boxes an answer.
     "user\n"
     "Tom had 9 pens and lost 4. How many are left? 9 - 4 = 5 <answer>\\boxed{5}</answer>\n"
     "Tom has 3 bags of 4 pens. How many pens? 3 * 4 = 12 <answer>\\boxed{12}</answer>\n"

@@ -4,7 +4,7 @@
     python launch.py configs/tiny.py                    one core, or one GPU
 
 64 prompts x 16 samples = 1,024 responses a step; data/make_tiny.py made the task and the base model. The learning
-rates are a thousand times ORZ's: the model is ten thousand times smaller, and has 20 steps.
+rates are 500 (policy) and 200 (critic) times ORZ's: the model is ten thousand times smaller, and has 20 steps.
 """
 
 model = "data/tiny"

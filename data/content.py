@@ -1,6 +1,7 @@
-"""What a run began from, as hashes of content, so that it goes on wherever the project, its model or its data have moved.
+"""Hashes of what a run began from, so that it can continue after the project, its model or its data have moved.
 
-A hub model that got a commit elsewhere (a README), or another HF_HOME, changes its folder's path and nothing else.
+Comparing paths would refuse too much: a commit to a hub model that changes only its README, or another HF_HOME, changes the
+folder's path and nothing else.
 """
 
 import hashlib
@@ -10,13 +11,13 @@ from pathlib import Path
 
 from data.models import read_dict, read_header, weight_files
 
-# Of config.json: which program wrote it, and from where.
+# Fields of config.json that only say which program wrote it, and from where.
 PROVENANCE = ("transformers_version", "_name_or_path")
 
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
     vocab.json merges.txt vocab.txt tokenizer.model spiece.model""".split()
 
-# Two fine-tunes of one model have files of the same size with the same header: parts of the data tell them apart.
+# Two fine-tunes of one model have files of the same size with the same header. Hashes of parts of the data tell them apart.
 NUM_PLACES, PLACE_BYTES = 16, 2**16
 
 
@@ -51,7 +52,7 @@ def model_content(folder):
     for name in weight_files(folder, place):
         weights.append(weights_hash(folder, name, place))
     content["weights"] = json_hash(weights)
-    if os.path.exists(f"{folder}/generation_config.json"):  # What else it holds is not used.
+    if os.path.exists(f"{folder}/generation_config.json"):  # A run uses nothing else of this file.
         end_tokens = read_dict(folder, "generation_config.json", place).get("eos_token_id")
         content["end tokens"] = json_hash(end_tokens)
     return content

@@ -1,10 +1,11 @@
-"""What people have → this project's JSONL: python data/prepare.py convert SOURCE [--key=value …]
+"""Convert other people's data to this project's JSONL: python data/prepare.py convert SOURCE [--key=value …]
 
     SOURCE              a file (JSON, JSON lines, CSV or Parquet, also compressed) or the name of a Hugging Face data set
-    --out=FILE          where to; by default SOURCE's name and .jsonl, in the current folder
+    --out=FILE          the file to write; by default SOURCE's name with .jsonl, in the current folder
     --question=NAME     the column of the question; a dot leads into a nested one: reward_model.ground_truth
-    --answer=NAME       the column of the answer; without these two, usual names are tried
-    --extract=TEXT      the answer is what follows the last TEXT (GSM8K: ####), or with boxed the last \\boxed{…} (MATH)
+    --answer=NAME       the column of the answer; where one of these two is not given, usual names are tried
+    --extract=TEXT      the answer is what follows the last TEXT (GSM8K: ####)
+    --extract=boxed     the answer is the content of the last \\boxed{…} (MATH)
     --choices=NAME      the column of the choices: a list, {letter: text} or {"text": […], "label": […]}
     --split=train       which part of a Hugging Face data set
     --subset=NAME       which of its configurations
@@ -12,7 +13,7 @@
     python data/prepare.py convert openai/gsm8k --subset=main --question=question --answer=answer --extract=####
 
 Rows without a question or an answer are left out and counted. Choices are written into the question, which is all that a
-model sees, and the answer becomes a letter. pyarrow (for Parquet) and datasets (for the hub) are asked for when needed.
+model sees, and the answer becomes a letter. Only Parquet files need the package pyarrow, and only the hub needs datasets.
 """
 
 import bz2
@@ -44,7 +45,7 @@ WRAPPERS = ("data", "rows", "examples", "questions", "items")  # {"data": […]}
 
 
 def read_arguments(argv):
-    """The options and the source, as a namespace. Raises UserError where an argument is none."""
+    """The options and the source, as a namespace. Raises UserError where an argument is not one of OPTIONS."""
     if not argv or argv[0].startswith("-"):
         raise UserError(
             "convert: name a file or a Hugging Face data set first; data/convert.py lists the options"
@@ -61,7 +62,7 @@ def read_arguments(argv):
 def convert_file(options):
     """Write the questions of options.source to a file, atomically, and say how many they are.
 
-    Raises UserError where the source cannot be read, no row has a question and an answer, or the file is there already.
+    Raises UserError where the source cannot be read, no row has a question and an answer, or the file exists already.
     """
     rows = read_rows(options)
     questions, left_out = [], 0
@@ -73,7 +74,7 @@ def convert_file(options):
             left_out += 1
     if not questions:
         raise UserError(
-            f"{options.source}: none of its {len(rows)} rows has what was asked for; {columns_of(rows)}"
+            f"{options.source}: none of its {len(rows)} rows has a question and an answer; {columns_of(rows)}"
         )
     out = os.path.expanduser(options.out or f"{Path(options.source).name.split('.')[0]}.jsonl")
     write_questions(questions, out)
@@ -83,12 +84,12 @@ def convert_file(options):
 
 def write_questions(questions, out):
     if os.path.exists(out):
-        raise UserError(f"{out} is there already: --out=FILE names another")
+        raise UserError(f"{out} exists already: give another file with --out=FILE")
     lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
     part = f"{out}.part"
     try:
         Path(part).write_text("".join(lines), encoding="utf-8")
-        load_questions(part)  # what a run would refuse is refused here
+        load_questions(part)  # A file that a run would refuse is refused here.
         os.replace(part, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
@@ -112,7 +113,7 @@ def read_rows(options):
 
 
 def rows_of(content, path):
-    """The rows in the bytes of a file, whose path is only named in messages."""
+    """The rows in the bytes of a file. Its path is used in messages only."""
     for start, unpack in UNPACK.items():
         if content.startswith(start):
             try:
@@ -133,7 +134,7 @@ def rows_of(content, path):
 
 
 def json_rows(text, path):
-    """The rows of a JSON text: an array, an object around an array, objects one after another over any number of lines."""
+    """The rows of a JSON text: an array, an object around an array, or objects one after another over any number of lines."""
     decoder, rows, position = json.JSONDecoder(), [], 0
     try:
         while text[position:].strip():
@@ -151,7 +152,7 @@ def json_rows(text, path):
 
 
 def is_dialogue(value):
-    """Whether a list is one of ORZ's entries, two messages, and not a list of rows."""
+    """Whether a list is one entry in ORZ's format (two messages), and not a list of rows."""
     return all(isinstance(item, dict) and "from" in item for item in value)
 
 
@@ -164,7 +165,9 @@ def parquet_rows(content, path):
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is no whole Parquet file: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{path}: is not a whole Parquet file: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def hub_rows(options):
@@ -175,9 +178,9 @@ def hub_rows(options):
         raise UserError(f"{options.source}: is no file here; {reason}") from None
     try:
         return list(datasets.load_dataset(options.source, options.subset or None, split=options.split))
-    except Exception as error:  # of the hub, of the network, or of whatever reads the files
+    except Exception as error:  # The hub, the network and the file readers raise many kinds of exceptions.
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{options.source}: the hub did not give it: {reason}") from None
+        raise UserError(f"{options.source}: it cannot be fetched from the hub: {reason}") from None
 
 
 # ---- One row -----------------------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ def hub_rows(options):
 def convert_row(row, options):
     """{"question", "answer"}, and "choices" where there are some; None for a row without a question or an answer."""
     if not options.question and not options.answer:
-        try:  # Perhaps it is in this project's form, or ORZ's.
+        try:  # The row may be in this project's format or in one of ORZ's.
             question = to_question(row, options.source)
             row = {"question": question.question, "answer": question.answer, "choices": question.choices}
         except UserError:
@@ -221,7 +224,7 @@ def column(row, names):
 
 
 def as_text(value):
-    """A value of a column as a text: a number as it is written, a chat by its last message of a user."""
+    """A value of a column as a text: 3.0 becomes "3", a chat becomes its user's last message; "" if there is no text."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         asked = [
             message for message in value if message.get("role", message.get("from")) in ("user", "human")
@@ -273,7 +276,7 @@ def as_letter(answer, column_of_choices, choices):
 
 
 def columns_of(rows):
-    """Which columns there are, for a message."""
+    """The names of the columns, for an error message."""
     if rows and isinstance(rows[0], dict):
         return f"its columns are {', '.join(map(str, rows[0]))}: name them with --question= and --answer="
     return "its rows have no columns"

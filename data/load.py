@@ -22,7 +22,7 @@ from data.models import LFS_POINTER, read_models
 
 
 class Question(NamedTuple):
-    """A question with its reference answer; choices is {letter: content} where it is multiple choice."""
+    """A question with its reference answer; `choices` is {letter: content} for a multiple-choice question, else None."""
 
     question: str
     answer: str
@@ -45,12 +45,12 @@ class Prompt(NamedTuple):
 # ---- Reading -----------------------------------------------------------------------------------------------------
 
 
-# How a file begins that is none of these formats → what it is. data/prepare.py convert reads those of the first group.
+# First bytes of a file in another format → the format. For CONVERTIBLE a message names `data/prepare.py convert`.
 CONVERTIBLE = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed (gzip)", b"BZh": "compressed (bzip2)"}
 CONVERTIBLE |= {b"\xfd7zXZ": "compressed (xz)", b"ARROW1": "an Arrow file"}
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed (zstd)"}
 
-# Names by which the columns of other people's data go.
+# Usual names of these columns in other people's data; data/prepare.py convert takes the first that exists.
 QUESTION_NAMES = ("question", "problem", "prompt", "query", "instruction", "input")
 ANSWER_NAMES = (
     "answer",
@@ -83,7 +83,7 @@ def load_questions(path):
 
 
 def read_text(path):
-    """The text of a data file. What is no text is called by its name, with the command that converts it."""
+    """The text of a data file. Raises UserError for another format, with its name and the command that converts it."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -109,9 +109,9 @@ def convert_command(path):
 
 
 def check_lines(text, path):
-    """Raises UserError if the text is one JSON value that stands on several lines, and not a value on each."""
+    """Raises UserError if the text does not begin with {, or is one JSON value over several lines: it is not JSON lines."""
     if text.strip() and text.lstrip()[0] != "{":
-        reason = "broken or truncated JSON, or none; `data/prepare.py convert` reads CSV, too"
+        reason = "broken or truncated JSON, or not JSON at all; `data/prepare.py convert` reads CSV, too"
         raise UserError(f"{path}:1: {reason}")
     first_line = text.strip().partition("\n")[0]
     if is_json(text) and not is_json(first_line):
@@ -138,7 +138,7 @@ def read_json(text, path, line):
 
 
 def to_question(item, place):
-    """An entry of a file, in whichever format, as a Question. Raises UserError, which names `place`, if it is none."""
+    """An entry of a file as a Question. Raises UserError, which names `place`, if it has none of the three formats."""
     extra = {}
     match item:
         case [{"value": question}, {"ground_truth": {"value": answer}}]:
@@ -161,33 +161,38 @@ def to_question(item, place):
 
 
 def check_text(name, text, place):
-    # Surrogates are halves of characters, which no tokenizer takes.
+    # Surrogates are halves of characters, which no tokenizer accepts.
     if not isinstance(text, str) or not text.strip() or re.search(r"[\ud800-\udfff]", text):
-        raise UserError(f"{place}: the {name} must be a text, whole and not empty, not {text!r:.80}")
+        raise UserError(
+            f"{place}: the {name} must be a text of whole characters and not empty, but it is {text!r:.80}"
+        )
 
 
 def check_choices(question, choices, answer, place):
     texts = isinstance(choices, dict) and all(isinstance(choice, str) for choice in choices.values())
     if not texts or answer not in choices:
-        raise UserError(f"{place}: the answer {answer!r} is none of the choices (texts) {choices!r:.80}")
+        raise UserError(
+            f"{place}: the answer {answer!r} is none of the choices, or they are no dict of texts: {choices!r:.80}"
+        )
     if not shows(question, choices):
         reason = "the choices are not in the question, which is all that the model sees"
         raise UserError(f"{place}: {reason}; `data/prepare.py convert` writes them into it")
 
 
 def shows(question, choices):
-    """Whether a question contains the text of every choice, however the white space lies."""
+    """Whether a question contains the text of every choice, whatever white space it has."""
     words = " ".join(question.split())
     return all(" ".join(choice.split()) in words for choice in choices.values())
 
 
-# ---- Can it work? ------------------------------------------------------------------------------------------------
+# ---- Checks of the data ------------------------------------------------------------------------------------------
 
-MOST_TRIED = 1000  # references of a file
+MOST_TRIED = 1000  # references of each file
 
 
 def check_references(data, grader, say):
-    """Ask grading processes whether they can read the references: no response could equal one that they cannot read.
+    """Ask grading processes whether they can read the references. A response can equal one that they cannot read only if
+    both are spelled the same.
 
     data: path → Questions; a fixed choice of each file's references is tried. Says how many cannot be read, and raises
     UserError where these are more than half.
@@ -202,26 +207,26 @@ def check_references(data, grader, say):
             continue
         report = f"{path}: {len(unread)} of {len(tried)} references cannot be read as answers, such as {unread[0]!r:.100}"
         if 2 * len(unread) > len(tried):
-            raise UserError(f"{report}: no response could be right; {way_out(path, unread)}")
-        say(f"{report}: a response is right only if it is spelled the same")
+            raise UserError(f"{report}: hardly any response could be right; {way_out(path, unread)}")
+        say(f"{report}: there a response is right only if its answer is spelled the same")
 
 
 def way_out(path, unread):
-    """What to do about these references, of which no answer can equal any."""
+    """What to do about these references, which cannot be read."""
     for marker, name in (("####", "####"), ("\\boxed", "boxed")):
         marked = [answer for answer in unread if marker in answer]
         if 2 * len(marked) >= len(unread):
             return f"{convert_command(path)} --extract={name} takes the answers out of the solutions"
-    return "give the answers alone, as they would stand in a box"
+    return "give only the answers, as they would stand in \\boxed{}"
 
 
 def report_overlap(cfg, data, say):
-    """Say which questions are held out and trained on as well: what is measured on them is memory."""
+    """Say which held-out questions are trained on as well: the accuracy on these may come from memory."""
     trained = {question.question for path in cfg.train_data for question in data[path]}
     for path in cfg.eval_data:
         common = sum(question.question in trained for question in data[path])
         if path in cfg.train_data:
-            say(f"{path}: is in train_data and in eval_data: what is measured on it has been trained on")
+            say(f"{path}: is in train_data and in eval_data, so that its questions are trained on")
         elif common:
             say(f"{path}: {common} of its {len(data[path])} questions are in train_data, too")
 
@@ -229,8 +234,8 @@ def report_overlap(cfg, data, say):
 def task_questions(grader, split, folder):
     """The task file's questions of a split, as a list of the JSONL file that holds them: `folder`/`split`.jsonl.
 
-    Where that file is there already, it is a run that goes on, and nothing is asked. The list is empty where there are no
-    questions. Raises UserError where the task file fails or gives what is no question.
+    If that file exists already, the run is being continued, and the task file is not asked again. The list is empty if there
+    are no questions. Raises UserError if the task file fails or gives something that is not a question.
     """
     path = Path(folder, f"{split}.jsonl")
     if not path.exists():
@@ -265,7 +270,7 @@ def chat_template(tokenizer, template):
 def encode_prompts(questions, tokenizer, max_prompt_tokens):
     """The questions as Prompts, and how many were dropped for being longer than max_prompt_tokens."""
     texts = [render(question, tokenizer) for question in questions]
-    # Without special tokens: some tokenizers would begin a second time, some would end the prompt with an end token.
+    # The template holds the special tokens that are needed. Some tokenizers would add a second begin token or an end token.
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept = []
     for ids, text, question in zip(rows, texts, questions):
@@ -283,9 +288,10 @@ def render(question, tokenizer):
 
 
 def encode_quoted(question, text, tokenizer):
-    """Token ids of a prompt's text in whose question a special token is written: there it stays text.
+    """Token ids of a prompt's text, whose question contains the text of a special token: there it is encoded as plain text.
 
-    The three parts are encoded apart, because a tokenizer reads special tokens in all of a text or in none of it.
+    The question and what stands before and after it are encoded separately, because a tokenizer recognises special tokens
+    either in all of a text or in none of it.
     """
     question = question.strip()  # as some templates do
     before, _, after = text.partition(question)
@@ -322,10 +328,10 @@ def read_tasks(cfg, data, log):
 
 
 def step_questions(num_questions, prompts_per_step, seed, step):
-    """Which questions step 0, 1, 2, … uses, as indices.
+    """Which questions step 0, 1, 2, … uses, as indices [prompts_per_step].
 
-    Each epoch is a permutation of its own, from (seed, epoch). The epochs stand end to end, and steps take
-    prompts_per_step from one place to the next, so that a step may lie in several epochs.
+    Each epoch is a permutation of its own, drawn from (seed, epoch). The epochs are laid end to end, and each step takes the
+    next prompts_per_step of them, so that one step may use questions of several epochs.
     """
     first = step * prompts_per_step
     last = first + prompts_per_step - 1

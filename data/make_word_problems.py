@@ -6,8 +6,8 @@ Out:  JSON lines {"question", "answer", "kind"}, the same on every machine:
       eval.jsonl           the wordings of train.jsonl, with numbers that it does not use
       eval_wordings.jsonl  wordings and numbers that train.jsonl does not use
 
-Every kind of problem is a formula with six wordings, of which two are held out. Which numbers are held out is decided
-by a hash of the numbers of a question without their order, whatever its kind.
+Every kind of problem is a formula with six wordings, of which two are held out. A hash of a question's two numbers, which
+depends neither on their order nor on the kind, decides whether they are held out.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 
 OUT = Path(__file__).resolve().parent / "word_problems"
 NUM_TRAIN, NUM_EVAL, SEED = 2048, 128, 1  # questions; NUM_EVAL in each of the two held-out files
-HELD_OUT = 4  # every fourth pair of numbers
-SHOWN = (5, 12)  # answers of the examples in configs/smollm2_135m.py: copying one must never pay
+HELD_OUT = 4  # about one pair of numbers in four
+SHOWN = (5, 12)  # answers of the examples in configs/smollm2_135m.py: copying one is never right
 
 NAMES = (
     "Ann Ben Carl Dana Emma Fred Grace Hugo Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()

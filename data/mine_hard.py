@@ -2,14 +2,14 @@
 
     python data/mine_hard.py runs/orz_32b [--fewer_than=4] [--of=64] [--out=runs/orz_32b/hard.jsonl]
 
-In:   RUN/samples/step_*.jsonl, every response of every training step with the verdict on it. Its reward does not matter.
+In:   RUN/samples/step_*.jsonl: every response of every training step, with the grader's verdict. Rewards do not matter.
 Out:  JSON lines {"question", "answer"} and "choices" where there are some, which data/load.py reads, in the order of
       first use.
 
 ORZ trained its 32B model's second stage on 13k such prompts: "fewer than 4 correct answers out of a total of 64
-attempts" in the first 1,100 steps (arXiv 2503.24290, appendix B). A question that came up in several epochs has more
-attempts than 64; then the share counts: it is hard if solved / attempts < 4 / 64. A question with fewer than --of
-attempts is not judged; the output says how many there are.
+attempts" in the first 1,100 steps (arXiv 2503.24290, appendix B). A question that was used in several epochs has more than
+64 attempts; therefore the share counts: it is hard if solved / attempts < 4 / 64. A question with fewer than --of
+attempts is left out; the output says how many of these there are.
 """
 
 import json
@@ -29,7 +29,7 @@ USAGE = "usage: python data/mine_hard.py RUN [--fewer_than=4] [--of=64] [--out=F
 
 @dataclass
 class Record:
-    """What a run made of one question."""
+    """How often a run has tried and solved one question."""
 
     choices: dict | None  # of a multiple-choice question: {letter: content}
     attempts: int = 0
@@ -61,11 +61,11 @@ def step_of(file):
 
 
 def add_attempt(records, row):
-    """Count a sample, a line of a file of samples, among its question's attempts."""
+    """Count a sample (one line of a samples file) among its question's attempts."""
     key = (row["question"], row["answer"])
     record = records.setdefault(key, Record(row.get("choices")))
     record.attempts += 1
-    # Where an older version wrote the sample, its reward alone says whether it is right.
+    # A sample of an older version has no `correct`; there a positive reward says that it is right.
     record.solved += row.get("correct", row["reward"] > 0)
 
 
@@ -83,7 +83,7 @@ def mine(run, fewer_than, of, out):
                 never += 1
     left_out = len(records) - judged
     print(f"{len(records):,} questions, {left_out:,} of them with fewer than {of} attempts: left out")
-    rule = f"solved fewer than {fewer_than} times in {of}"
+    rule = f"were solved fewer than {fewer_than} times in {of}"
     print(f"{len(hard):,} of the other {judged:,} {rule}, {never:,} never")
     if not hard:
         ways = "raise --fewer_than, or lower --of to the attempts of a question"
@@ -96,7 +96,7 @@ def mine(run, fewer_than, of, out):
 
 
 def write_questions(hard, out):
-    """hard: {(question, answer): Record}, as JSON lines beside the file `out`, then renamed."""
+    """Write the questions of `hard`, {(question, answer): Record}, to the file `out` as JSON lines, atomically."""
     with open(f"{out}.tmp", "w", encoding="utf-8") as file:
         for (question, answer), record in hard.items():
             row = {"question": question, "answer": answer}

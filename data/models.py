@@ -1,12 +1,15 @@
-"""Model folders, judged before a run starts: the policy's and the critic's by the same functions.
+"""Checks of model folders before a run starts; the same functions check the policy's folder and the critic's.
 
     local_model      a folder or a hub name → a folder whose files are whole: no Git LFS pointer, no missing shard, no adapter
-    read_config      its config.json, refused where a pack would compute other log-probs than each sample alone
-    check_vocabulary, check_length     the tokenizer's ids and the run's longest sequence are ones that the model knows
-    check_weights    every parameter of the network has a tensor in the folder; what a critic's head will be
+    read_config      its config.json, as transformers reads it
+    check_config     refuses a model that would compute other log-probs for a pack than for each sample alone
+    check_vocabulary, check_length     the model has an embedding for each token id, and positions for the longest sequence
+    check_weights    every parameter of the network has a tensor in the folder
+    value_head       whether a critic's folder has a value head, and whether it fits
 
-Each raises UserError: one line that says what is wrong with which folder, and what to do. The first needs nothing but
-Python; the others import transformers, and the last builds a network whose parameters take no memory.
+Each raises UserError: one line that says what is wrong with which folder, and what to do. local_model needs nothing but
+Python (for a hub name also huggingface_hub); others import transformers, and check_weights builds a network whose parameters
+take no memory.
 """
 
 import json
@@ -19,7 +22,7 @@ from typing import NamedTuple
 
 from configs.load import UserError
 
-# What is fetched of a model on the hub: *.j* is json, and jinja, as newer chat templates are.
+# The files that are fetched of a model on the hub. *.j* stands for .json and for .jinja, the format of newer chat templates.
 HUB_FILES = ["*.j*", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 INDEX = "model.safetensors.index.json"
@@ -28,7 +31,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 class Tensor(NamedTuple):
-    """What the header of a safetensors file says of a tensor."""
+    """What the header of a safetensors file says about a tensor."""
 
     file: str  # the name of the file that holds it
     shape: list
@@ -39,7 +42,10 @@ class Tensor(NamedTuple):
 
 
 def local_model(name, setting):
-    """The folder of a model: itself, or a hub name's, fetched to this machine's cache. Its files have been judged."""
+    """The folder of a model: `name` itself, or the folder in this machine's cache to which a hub name is fetched.
+
+    Raises UserError unless its files are whole; `setting` is the setting that gave the name.
+    """
     is_hub_name = name.count("/") == 1 and name[0] not in "./"
     if is_hub_name and not os.path.isdir(name):
         from huggingface_hub import snapshot_download
@@ -48,11 +54,11 @@ def local_model(name, setting):
             name = snapshot_download(name, allow_patterns=HUB_FILES)
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{setting}={name!r}: the hub did not give it: {reason}") from error
+            raise UserError(f"{setting}={name!r}: it cannot be fetched from the hub: {reason}") from error
     place = f"{setting}={name!r}"
     try:
         check_files(name, place)
-    except OSError as error:  # a link to nothing in the hub's cache, or a file of somebody else's
+    except OSError as error:  # for example a broken link in the hub's cache, or a file of another user
         raise UserError(f"{place}: {error.filename} cannot be read: {error.strerror}") from None
     return name
 
@@ -70,7 +76,7 @@ def check_files(folder, place):
         )
     holds_weights = any(name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf")) for name in names)
     if "config.json" not in names or not holds_weights:
-        raise UserError(f"{place}: no hub name, nor a folder of config.json and *.safetensors")
+        raise UserError(f"{place}: neither a hub name nor a folder with config.json and *.safetensors")
     for name in ("config.json", "generation_config.json"):
         if name in names:
             read_dict(folder, name, place)
@@ -94,7 +100,7 @@ def read_dict(folder, name, place):
         reason = " ".join(str(error).split())
         raise UserError(f"{place}: {name} is not readable as JSON: {reason}; fetch it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{place}: {name} holds no settings of a model; fetch it again")
+        raise UserError(f"{place}: {name} is not a JSON object; fetch it again")
     return content
 
 
@@ -166,7 +172,7 @@ def read_headers(folder, files, place):
 
 
 def read_header(folder, file, place):
-    """As safetensors_header. Raises UserError where the file is not whole."""
+    """The same as safetensors_header, but it raises UserError where the file is not whole."""
     try:
         return safetensors_header(Path(folder, file))
     except ValueError as error:
@@ -195,10 +201,10 @@ def safetensors_header(path):
 # ---- Architecture ------------------------------------------------------------------------------------------------
 
 
-# These settings of a config.json change the logits, which model.py takes for hidden states times a matrix.
+# These settings of a config.json scale the logits. model.py computes logits as hidden states times a matrix, without a scale.
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier_scale")
 
-# transformers does not hand a pack down to the attention of these, which then fails in the first step.
+# For these models transformers does not pass a pack on to the attention, which then fails in the first step.
 WITHOUT_PACKS = ("nemotron", "moshi")
 
 # Layers whose attention sees all earlier tokens of its sample, or a window of them.
@@ -211,7 +217,7 @@ def read_config(path, place, trust):
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    except Exception as error:  # whatever its file, or its own code, makes of it
+    except Exception as error:  # A broken config.json, or the model's own code, may raise anything.
         text = " ".join(str(error).split())
         hint = "; to run its Python code give --trust_remote_code=True" if "trust_remote_code" in text else ""
         reason = text[:300]
@@ -263,8 +269,8 @@ def not_supported(config):
 
 
 def not_supported_class(config):
-    """Why the class by which transformers implements the architecture is refused, or None; None, too, for one that
-    only the folder's own Python code knows."""
+    """Why the class in which transformers implements the architecture is refused, or None. It is also None for an
+    architecture that only the folder's own Python code knows."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -277,7 +283,9 @@ def not_supported_class(config):
             "its layers carry a state from token to token, which would run on from sample to sample of a pack"
         )
     if not model_class._supports_attention_backend or config.model_type in WITHOUT_PACKS:
-        return "transformers gives it an attention of its own, which cannot be replaced by that over packs"
+        return (
+            "transformers gives it an attention of its own, which cannot be replaced by attention over packs"
+        )
     return None
 
 
@@ -305,7 +313,7 @@ def check_vocabulary(tokenizer, config, place):
 
 
 def check_same_tokens(tokenizer, path, place, trust):
-    """Raises UserError if the critic's folder brings a tokenizer to which the policy's ids mean other tokens."""
+    """Raises UserError if the critic's folder has a tokenizer in which the policy's token ids mean other tokens."""
     if not any(os.path.exists(f"{path}/{name}") for name in ("tokenizer.json", "tokenizer_config.json")):
         return
     theirs = read_tokenizer(path, place, trust).get_vocab()
@@ -340,8 +348,8 @@ def check_heads(cfg, config, place):
 
 
 def rope_factor(config):
-    """By how much the scaling of rotary embeddings extends max_position_embeddings, as vLLM reckons: where the type is
-    none of those for which max_position_embeddings is the extended length."""
+    """The factor by which the scaling of rotary embeddings extends max_position_embeddings, computed as in vLLM. It is 1 for
+    the types whose max_position_embeddings is the extended length already."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled_already = ("llama3", "yarn", "longrope", "su", "deepseek_yarn", "default")
     if rope.get("rope_type", rope.get("type")) in scaled_already or "gemma3" in config.model_type:
@@ -353,7 +361,7 @@ def rope_factor(config):
 
 
 def auto_class(kind):
-    """The class of transformers by which a "critic" (no output head), or any other network, is loaded."""
+    """The class of transformers that loads a "critic" (without an output head) or any other kind of network."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     return AutoModel if kind == "critic" else AutoModelForCausalLM
@@ -387,7 +395,7 @@ def parameter_names(hf, tensor_names):
 def check_weights(kind, path, place, trust):
     """Raises UserError unless the folder holds every parameter of the network, in its shape.
 
-    kind is "policy" or "critic". Returns the tensors that the network has no place for: name → Tensor.
+    kind is "policy" or "critic". Returns the tensors that the network does not use: name → Tensor.
     """
     hf = network_without_memory(kind, path, trust=trust)
     parameters = dict(hf.named_parameters(remove_duplicate=False))
@@ -429,16 +437,16 @@ def check_tensor(name, tensor, parameter, place):
 
 
 def value_head(path, config, unused, place):
-    """What is to be said of a critic's value head, or None. `unused` are the tensors outside of its backbone.
+    """A line for the log about a critic's value head, or None. `unused`: the tensors that its backbone does not use.
 
-    Raises UserError where there is a head, but not of one number for each of hidden_size.
+    Raises UserError where there is a head whose number of elements is not hidden_size.
     """
     head = read_headers(path, safetensors_in(path), place).get(VALUE_HEAD)
     text = config.get_text_config()
     if head and math.prod(head.shape) != text.hidden_size:
         reason = f"{VALUE_HEAD} is {head.shape} in {head.file}, but hidden_size is {text.hidden_size}"
         raise UserError(f"{place}: {reason}; take the head of this backbone")
-    # A row for each token of the vocabulary is a policy's output head, which a critic has no use for.
+    # A tensor with a row for each token of the vocabulary is a policy's output head, which a critic does not use.
     others = [name for name, tensor in unused.items() if tensor.shape[:1] != [text.vocab_size]]
     others = [name for name in others if name != VALUE_HEAD]
     not_used = f"; not used: {few(others)}" if others else ""
@@ -450,7 +458,7 @@ def value_head(path, config, unused, place):
 
 
 def few(names):
-    """The first names of a list, and how many there are more."""
+    """The first three names of a list, and how many more there are, as a text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -459,9 +467,9 @@ def few(names):
 
 
 def read_models(cfg, log):
-    """(the tokenizer, the configuration) of the policy, after its folder and the critic's have been judged.
+    """(the tokenizer, the configuration) of the policy, after its folder and the critic's have been checked.
 
-    Says through `log` what a run does otherwise than the folders would have it.
+    Says through `log` where a run does something else than the folders say.
     """
     place = f"model={cfg.model!r}"
     config = read_config(cfg.model, place, cfg.trust_remote_code)
@@ -474,7 +482,7 @@ def read_models(cfg, log):
         return tokenizer, config
     unused = judge_network("policy", cfg.model, config, place, cfg, log)
     if unused:
-        log.say(f"{place}: the policy has no place for tensors that are in the folder: {few(list(unused))}")
+        log.say(f"{place}: the folder holds tensors that the policy does not use: {few(list(unused))}")
     if cfg.advantage == "gae":
         judge_critic(cfg, tokenizer, log)
     return tokenizer, config
@@ -486,7 +494,7 @@ def read_tokenizer(path, place, trust):
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except Exception as error:  # whatever its files, or its own code, make of it
+    except Exception as error:  # Broken files, or the tokenizer's own code, may raise anything.
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{place}: transformers cannot read its tokenizer: {reason}") from None
 
@@ -500,7 +508,7 @@ def check_tokenizer(cfg, tokenizer, place):
 
 
 def judge_network(kind, path, config, place, cfg, log):
-    """The checks that policy and critic share. Returns the tensors that the network has no place for."""
+    """The checks that policy and critic share. Returns the tensors that the network does not use."""
     check_config(config, place)
     unused = check_weights(kind, path, place, cfg.trust_remote_code)
     dropout = dropout_settings(config)

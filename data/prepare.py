@@ -1,17 +1,17 @@
-"""Fetch what the configs train on and are measured on, on a machine with a connection.
+"""Fetch what the configs use: questions to train on and to be evaluated on, and a small model. It needs a connection.
 
     python data/prepare.py orz        ORZ's questions and AIME 2025 into data/orz/, about 60 MB
-    python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (run; see make_smollm2.py)
+    python data/prepare.py smollm2    SmolLM2-135M into models/, for configs/smollm2_135m.py (has been run; see make_smollm2.py)
     python data/prepare.py convert openai/gsm8k --question=question --answer=answer --extract=####
-                                      what people have into this project's JSONL: see data/convert.py
+                                      other people's data into this project's JSONL: see data/convert.py
 
-Fetching from ORZ and from the hub is *not run*: this was written on a machine without a connection, from the addresses in
+Fetching from ORZ and from the hub has *not been run*: this was written on a machine without a connection, from the addresses in
 ORZ's README and from the names under which other public code fetches AIME 2025.
 tests/test_recipe.py runs everything else: it fetches smaller files of the same form from a server on this machine.
 
-A set is fetched into memory, written beside its place, read by data/load.py (which refuses what is broken or cut
-short), counted, and renamed. So a set that is there is whole, and a failure leaves nothing behind. A set that is there
-already is counted again and otherwise left alone.
+A data set is fetched into memory, written under a temporary name, read by data/load.py (which refuses a file that is broken
+or cut short), counted, and renamed. So a data set in its place is whole, and a failure leaves nothing behind. One that is in
+its place already is counted again and otherwise left alone.
 """
 
 import http.client
@@ -27,7 +27,8 @@ from configs.load import UserError  # noqa: E402
 from data.load import load_questions  # noqa: E402
 
 ORZ = "https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero/raw/main/data"  # raw/ follows Git LFS, if it is used
-ORZ_FILES = {  # our name → theirs, how many questions at least and at most; the training sets are named in thousands
+# Our name → ORZ's name, the least and the most questions. The names of the training sets give these in thousands.
+ORZ_FILES = {
     "orz_math_57k.json": ("orz_math_57k_collected.json", 56_000, 58_000),
     "orz_math_72k.json": ("orz_math_72k_collection_extended.json", 71_000, 73_000),
     "orz_math_13k_hard.json": ("orz_math_13k_collection_hard.json", 12_000, 14_000),
@@ -43,7 +44,7 @@ AIME2025 = (
     "https://huggingface.co/datasets/opencompass/AIME2025/resolve/a6ad95f611d72cf628a80b58bd0432ef6638f958"
 )
 AIME2025_FILES = ("aime2025-I.jsonl", "aime2025-II.jsonl")
-AIME2025_NAME = "aime2025.jsonl"  # the name here of both in one
+AIME2025_NAME = "aime2025.jsonl"  # our name of the file that holds both
 
 
 def orz():
@@ -53,7 +54,7 @@ def orz():
 
 
 def fetch_named(name):
-    """Fetch one of these files into data/orz/."""
+    """Fetch the file of this name (ours) into data/orz/."""
     place = ROOT / "data" / "orz" / name
     if name == AIME2025_NAME:
         urls = [f"{AIME2025}/{theirs}" for theirs in AIME2025_FILES]
@@ -64,7 +65,7 @@ def fetch_named(name):
 
 
 def fetched(path):
-    """The data file that a setting names: it is fetched at its first use where it is one of ORZ's in data/orz/."""
+    """The path of the data file that a setting names. One of our names in data/orz/ is fetched at its first use."""
     name = os.path.basename(path)
     place = ROOT / "data" / "orz" / name
     is_fetched = name in ORZ_FILES or name == AIME2025_NAME
@@ -92,7 +93,7 @@ def fetch(urls, path, least, most):
 
 
 def download(url):
-    """The bytes at `url`. UserError where there is no connection, no such file, or the answer breaks off or is late."""
+    """The bytes at `url`. Raises UserError if there is no connection or no such file, or the answer breaks off or is late."""
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.read()
@@ -137,7 +138,7 @@ def smollm2():
 
 
 def convert(argv):
-    """What people have, as this project's JSONL."""
+    """Convert other people's data to this project's JSONL."""
     from data.convert import convert_file, read_arguments
 
     convert_file(read_arguments(argv))

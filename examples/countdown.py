@@ -22,7 +22,7 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 
 def questions(split):
     held_out = set() if split == "eval" else {question["question"] for question in questions("eval")}
-    rng = random.Random(split)  # a text is a seed, too
+    rng = random.Random(split)  # a text can be a seed
     for _ in range(NUM_QUESTIONS[split]):
         target = 0
         while not 1 <= target <= 100:

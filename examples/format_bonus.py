@@ -1,4 +1,4 @@
-"""A reward for the form of a response: 1 where ORZ's rule finds it right, and 0.2 more for thoughts before the answer.
+"""A reward with a bonus for form: 1 if ORZ's rule finds a response right, and 0.2 more for thoughts before the answer.
 
     python launch.py configs/tiny.py --task=examples/format_bonus.py
 

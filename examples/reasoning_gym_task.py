@@ -1,9 +1,10 @@
-"""A task of the package reasoning-gym (0.1.25) by its name: its generator asks, and its score_answer judges.
+"""A task of the package reasoning-gym (0.1.25), named by TASK: its generator makes the questions, its judge scores answers.
 
     python -m pip install reasoning-gym==0.1.25
     python launch.py configs/qwen_0p5b_24gb.py --task=examples/reasoning_gym_task.py
 
-docs/own_task.md shows it on a model that is small enough for a CPU. Correct is a score of 1. Many judges give wrong answers a little, for what they have in common with the right one.
+docs/own_task.md shows it on a model that is small enough for a CPU. An answer is correct if its score is 1. Many judges
+give a wrong answer a small score for what it has in common with the right one.
 """
 
 import reasoning_gym
@@ -12,19 +13,19 @@ from reward import extract_answer
 
 TASK = "chain_sum"
 SETTINGS = {"max_terms": 2, "max_digits": 2}  # of its generator; {} = the package's own, which are harder
-# Question i depends on seed + i, so the seeds must be further apart than a split has questions.
+# Question i depends on seed + i, so the two seeds must differ by more than the size of a split.
 SIZES, SEEDS = {"train": 20_000, "eval": 128}, {"train": 0, "eval": 10**9}
 
-REFUSED = {  # what their judges do with an answer, found by reading all of them
+REFUSED = {  # what a task's judge does with an answer (found by reading all judges) → the tasks
     "calls eval on it": "binary_matrix n_queens spiral_matrix string_insertion",
     "calls sympy's parse_expr on it, which calls eval": "countdown puzzle24 polynomial_multiplication "
     "simple_integration intermediate_integration",
     "accepts it whatever it is": "game_of_life_halting",
-    "may do what any of these do": "composite",
+    "may be any of those that are refused": "composite",
 }
 for reason, names in REFUSED.items():
     if TASK in names.split():
-        raise ValueError(f"{TASK} is refused: with an answer of the model its judge {reason}")
+        raise ValueError(f"{TASK} is refused: given an answer of the model, its judge {reason}")
 DATASETS = {
     split: reasoning_gym.create_dataset(TASK, size=SIZES[split], seed=SEEDS[split], **SETTINGS)
     for split in SIZES

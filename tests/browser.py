@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its DevTools protocol: what a test needs to click, type, hover and look.
+"""Headless Chromium, driven over its DevTools protocol: a test can click, type, hover and read the page with it.
 
 with Browser(folder) as browser:
     browser.open(path)
@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-DEADLINE = 120  # seconds, ten times what a slow machine takes
+DEADLINE = 120  # seconds: ten times what a slow machine takes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -44,8 +44,8 @@ class Browser:
         self.connection = connect(address, max_size=None, open_timeout=DEADLINE)
         self.socket = self.connection.__enter__()
         self.ids = itertools.count(1)
-        self.errors = []  # exceptions, and what was written to the console
-        self.requests = []  # addresses that were asked for
+        self.errors = []  # exceptions, and what the page wrote to the console
+        self.requests = []  # addresses that the page requested
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -60,7 +60,7 @@ class Browser:
         self.process.wait(DEADLINE)
 
     def send(self, method, **parameters):
-        """Call a method of the protocol and return its result; what the page reports meanwhile is noted."""
+        """Call a method of the protocol and return its result; note what the page reports meanwhile."""
         number = next(self.ids)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
@@ -83,7 +83,7 @@ class Browser:
             self.requests.append(parameters["request"]["url"])
 
     def run(self, expression):
-        """The value of a JavaScript expression; a promise is awaited."""
+        """Evaluate a JavaScript expression and return its value; a promise is awaited."""
         options = {"expression": expression, "returnByValue": True, "awaitPromise": True}
         result = self.send("Runtime.evaluate", **options)
         assert "exceptionDetails" not in result, (expression, result["exceptionDetails"])
@@ -101,11 +101,11 @@ class Browser:
         return self.run(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def count(self, selector):
-        """How many such elements there are."""
+        """The number of elements that match the selector."""
         return self.run(f"document.querySelectorAll({json.dumps(selector)}).length")
 
     def middle(self, selector, place=0):
-        """Where the n-th such element is, scrolled into view: x, y in pixels."""
+        """Scroll the matching element number `place`, from 0, into view; return its middle, x and y in pixels."""
         found = f"document.querySelectorAll({json.dumps(selector)})[{place}]"
         box = f"(() => {{ const e = {found}; e.scrollIntoView({{block: 'nearest'}}); const b = e.getClientRects()[0];"
         return self.run(box + " return [b.x + b.width / 2, b.y + b.height / 2]; })()")
@@ -123,18 +123,18 @@ class Browser:
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type(self, selector, text):
-        """Click into a field and type."""
+        """Click into a field and type the text."""
         self.click(selector)
         self.send("Input.insertText", text=text)
 
     def choose(self, selector, value):
-        """Choose an option of a select element, as a person does: its change event is fired."""
+        """Choose an option of a select element, and fire its change event, as a person's choice does."""
         found = f"document.querySelector({json.dumps(selector)})"
         event = "new Event('change', {bubbles: true})"
         self.run(f"{found}.value = {json.dumps(value)}; {found}.dispatchEvent({event}); {found}.value")
 
     def picture(self, path):
-        """Write what is seen as a PNG."""
+        """Write a screenshot as a PNG file."""
         data = self.send("Page.captureScreenshot", format="png")["data"]
         Path(path).write_bytes(base64.b64decode(data))
 

@@ -1,4 +1,4 @@
-"""What several files look at."""
+"""Fixtures of several test files."""
 
 import pytest
 from test_launch import RUN, run
@@ -6,7 +6,7 @@ from test_launch import RUN, run
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The folder of a run that nothing disturbs; nobody changes it."""
+    """The folder of a run that nothing disturbs. No test may change it."""
     folder = tmp_path_factory.mktemp("undisturbed")
     code, out, err = run(folder, "--name=a", *RUN)
     assert code == 0, out + err

@@ -1,9 +1,9 @@
-"""The tests for whoever edits: `make quick`, or python tests/quick.py [pytest's arguments]. Under a minute on two quiet cores.
+"""Quick tests while editing: `make quick`, or python tests/quick.py [pytest's arguments]. Under a minute on two idle cores.
 
-They cover formulas, packing, networks, settings, data, the plan, the log, the grader and the pages, and need torch,
-transformers and the small packages of requirements.txt, but neither Ray nor vLLM nor DeepSpeed: importing one of these
-fails here, whether it is installed or not. Left out are the tests that compare something with DeepSpeed, and those that
-kill a grading process, since they wait for seconds until it is gone. `make test` runs them all.
+They cover formulas, packing, networks, settings, data, the plan, the log, the grader and the pages. They need torch,
+transformers and the small packages of requirements.txt, but not Ray, vLLM or DeepSpeed: here the import of these fails,
+installed or not. Tests that compare something with DeepSpeed are left out, and so are those that kill a grading process,
+which wait seconds for its end. `make test` runs them all.
 """
 
 import sys

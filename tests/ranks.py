@@ -35,7 +35,7 @@ ENVIRONMENT = {
 
 
 def settings(**overrides):
-    """All settings of configs/base.py, with what every test on a tiny model needs, and the test's own."""
+    """All settings of configs/base.py, with changes that every test on a tiny model needs, and the test's own."""
     from configs.load import BASE, read_file
 
     small = {
@@ -49,12 +49,12 @@ def settings(**overrides):
     return SimpleNamespace(**values | overrides)
 
 
-# What keeps them off a GPU.
+# The variables that keep ranks off a GPU.
 ON_CPU = {"DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND"}
 
 
 def run_ranks(module, function, world_size, folder, deadline=300, on_gpu=False, **arguments):
-    """`deadline`, in seconds, guards against hanging only: ten times what is expected."""
+    """What `function` returned on each rank. `deadline`, in seconds, only guards against hanging: ten times the expected."""
     environment = {key: value for key, value in ENVIRONMENT.items() if not (on_gpu and key in ON_CPU)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

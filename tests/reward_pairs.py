@@ -1,6 +1,6 @@
-"""Labelled pairs: what a careful human grader says of `answer` for `reference`, and the rule a pair guards.
+"""Labelled pairs: the verdict of a careful human grader on `answer` for `reference`, and the rule that a pair guards.
 
-Written for this project, before the grader that is judged on them. About half are near misses: wrong answers
+They were written for this project before the grader that is tested on them. About half are near misses: wrong answers
 that look like right ones. A pair and its swap may have different labels (`0.33` for `1/3`, `1/3` for `0.33`).
 
 PAIRS: kind -> (answer, reference, label, rule). CHOICE_PAIRS: (answer, reference, choices, label, rule).
@@ -731,7 +731,7 @@ PAIRS = {
     ],
 }
 
-# Written after the first grader, from what it got wrong or might: the rules they guard were found missing.
+# Pairs written after the first grader, from mistakes that it made or might make: it lacked the rules that they guard.
 PAIRS["found later"] = [
     (r"\text{The answer is } 5", r"5", True, "a sentence around the answer"),
     (r"\text{The answer is } 6", r"5", False, "a sentence around another answer"),
@@ -792,7 +792,7 @@ PAIRS["found later"] = [
     (r"1 \quad 234", r"1234", True, "a wide thousands separator"),
 ]
 
-# Strings that were right for thousands of references, and what must stay right beside them.
+# Strings that an earlier grader accepted for thousands of references, and similar answers that must stay right.
 PAIRS["cheating"] = [
     (r"\mbox{ }", r"318", False, "empty text is no answer"),
     (r"\text{}", r"12", False, "no text at all"),
@@ -860,7 +860,7 @@ PAIRS["cheating"] = [
     (r"36^\circ", r"\$36", False, "degrees are no dollars"),
 ]
 
-# What real answers look like, and was rejected.
+# Spellings of real answers that an earlier grader rejected.
 PAIRS["spellings"] = [
     (r"\cfrac{9}{14}", r"9/14", True, "continued fractions' \\frac"),
     (r"\cfrac{1}{1+\cfrac{1}{2}}", r"\frac{2}{3}", True, "a continued fraction"),

@@ -1,5 +1,5 @@
-"""bench/ablate.py without its runs: its arms, its records, its figure and its command line. tests/test_ppo.py and
-tests/test_learner.py show that the settings do what they say."""
+"""bench/ablate.py without its runs: its arms, records, table, figure and command line. What the settings themselves do is
+tested in tests/test_ppo.py and tests/test_learner.py."""
 
 import importlib.util
 import json
@@ -13,10 +13,10 @@ from configs.load import ROOT, load, without_effect
 
 @pytest.fixture
 def ablate(tmp_path, monkeypatch):
-    """The script as a module, which writes into an empty folder."""
+    """The script as a module that writes into an empty folder."""
     spec = importlib.util.spec_from_file_location("ablate", ROOT / "bench/ablate.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ablate", module)  # where its dataclass looks for itself
+    monkeypatch.setitem(sys.modules, "ablate", module)  # its dataclass looks up its own module there
     spec.loader.exec_module(module)
     (tmp_path / "bench/results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
@@ -29,7 +29,8 @@ def all_runs(ablate, seed):
 
 
 def test_every_arm_is_a_run_of_its_own(ablate):
-    """An arm that cannot be loaded costs an hour before it shows; one without effect is the baseline by another name."""
+    """Fails if an arm's settings are refused, which would show only after an hour, or if an arm is the baseline by
+    another name."""
     settings = {}
     for run in all_runs(ablate, seed=2):
         cfg = load(run.arguments)
@@ -52,7 +53,8 @@ def record_of(run, accuracies):
 
 
 def test_records_are_kept_and_not_made_again(ablate):
-    """The record of one run takes the place of another's; a finished run starts anew; other settings pass as the same."""
+    """Fails if the record of one run replaces another's, if a finished run is made again, or if other settings count
+    as the same."""
     first, second = ablate.Run("lam", "lam_0.95", 1), ablate.Run("lam", "lam_0.95", 2)
     ablate.write_record(second, record_of(second, [0.1, 0.5]))
     assert not ablate.is_recorded(first) and ablate.is_recorded(second)
@@ -76,7 +78,7 @@ def test_records_are_kept_and_not_made_again(ablate):
 
 
 def test_the_figure_has_the_arms_that_have_run(ablate):
-    """An arm without a record, or a run that stopped early, and nothing is drawn at all."""
+    """Fails if one arm without a record, or one run that stopped early, prevents the whole figure."""
     baseline, other = ablate.Run("baseline", "baseline", 1), ablate.Run("advantage", "grpo", 1)
     ablate.write_record(baseline, record_of(baseline, [0.1, 0.5, 0.75]))
     ablate.write_record(other, record_of(other, [0.1, 0.5]))
@@ -85,7 +87,8 @@ def test_the_figure_has_the_arms_that_have_run(ablate):
 
 
 def test_the_table_has_means_and_deviations_over_seeds(ablate):
-    """The evaluation before training counts as a step, the deviation is that of all steps, or an arm is missing."""
+    """Fails if the evaluation before training counts as a step, if the deviation is not the one over seeds, or if an
+    arm is missing."""
     for run, accuracies in (
         (ablate.Run("baseline", "baseline", 1), [0.9, 0.5, 0.75]),
         (ablate.Run("kl", "kl_loss", 1), [0.9, 0.25, 0.5]),
@@ -101,7 +104,7 @@ def test_the_table_has_means_and_deviations_over_seeds(ablate):
 
 
 def test_an_unknown_ablation_is_refused():
-    """A misspelt name runs all of them, for hours."""
+    """Fails if a misspelt name runs all ablations, for hours."""
     command = [sys.executable, str(ROOT / "bench/ablate.py"), "lamda"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1

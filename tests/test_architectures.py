@@ -1,7 +1,7 @@
-"""Every architecture in one table: a small random model trains a step, is synced, and sampler and learner agree.
+"""Every architecture in one table: a small random model makes three updates, is synced, and sampler and learner agree.
 
-Each runs in a process of its own, as a rank does (tests/ranks.py): a vLLM engine beside a Learner. What is not supported
-stands in REFUSED.
+Each runs in a process of its own, as a rank does (tests/ranks.py): a vLLM engine beside a Learner. REFUSED has
+architectures that are not supported.
 """
 
 import pytest
@@ -24,7 +24,7 @@ ROPE_LLAMA3 = {
     "rope_theta": 10000.0,
 }
 NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-WINDOW = {"sliding_window": 8}  # prompts and responses are longer
+WINDOW = {"sliding_window": 8}  # tokens; prompts and responses are longer
 
 # name → (transformers' config class, settings of tiny_models.make_model)
 CASES = {
@@ -33,7 +33,7 @@ CASES = {
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama, linear rope": ("LlamaConfig", {"rope_parameters": ROPE_LINEAR}),
     "llama, llama3 rope": ("LlamaConfig", {"rope_parameters": ROPE_LLAMA3}),
-    # half of what it samples is no token at all
+    # Half of the ids that it samples are no tokens.
     "llama, padded vocabulary": ("LlamaConfig", {"padding": 100}),
     "qwen2, tied": ("Qwen2Config", {"tie": True}),
     "qwen2, window": ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0} | WINDOW),
@@ -52,7 +52,7 @@ CASES = {
     "olmo": ("OlmoConfig", {"pad_token_id": None}),
     "olmo2": ("Olmo2Config", {"pad_token_id": None}),
 }
-# name → (config class, settings, what the refusal must name); data/models.py refuses, before anything is loaded
+# name → (config class, settings, what the refusal must name); data/models.py refuses them before anything is loaded
 REFUSED = {
     "gemma2, soft caps": ("Gemma2Config", {"head_dim": 32, "tie": True}, "caps attention scores or logits"),
     "granite, scaled logits": ("GraniteConfig", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
@@ -68,6 +68,7 @@ def train_and_sync(path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_sampler_and_learner_agree(name, tmp_path):
+    """Fails if the log-probs of vLLM and of the Learner differ, before training or after a sync."""
     kind, settings = CASES[name]
     path = tiny_models.make_model(tmp_path / "model", getattr(transformers, kind), hidden=128, **settings)
     (drifts,) = ranks.run_ranks("test_architectures", "train_and_sync", 1, tmp_path, path=path)
@@ -78,8 +79,8 @@ def test_sampler_and_learner_agree(name, tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_named(name, tmp_path):
-    """A learner that leaves out a soft cap trains another policy than the one that samples, close enough in bf16 to
-    stay below the drift limit."""
+    """Fails if an unsupported architecture is accepted: a learner without a soft cap would train another policy than
+    the one that samples, and in bf16 the difference could stay below the drift limit."""
     kind, settings, words = REFUSED[name]
     path = tiny_models.make_model(tmp_path / "model", getattr(transformers, kind), hidden=128, **settings)
     with pytest.raises(UserError, match=words):

@@ -1,7 +1,7 @@
-"""A Learner's buffers are those of plain transformers, in dtype and to the bit: zero.Init would round them to bf16.
+"""A Learner's buffers have the dtype and the bits of plain transformers' ones: zero.Init would round them to bf16.
 
-All that needs DeepSpeed runs in two starts, `loaded_buffers` and `learner_logprobs` of a long text; the tests look at what
-came back.
+All that needs DeepSpeed runs in two starts, `loaded_buffers` and `learner_logprobs` of a long text; the tests check what
+these return.
 """
 
 from unittest import mock
@@ -35,8 +35,8 @@ KINDS = ("policy", "critic", "reference")
 DTYPES = (torch.bfloat16, torch.float32)
 NUM_POSITIONS = 4096
 
-# Its e_score_correction_bias is read from the checkpoint, and its class asks for fp32. (It is loaded only: mixtures of
-# experts are not trained here.)
+# This model's e_score_correction_bias is a buffer in the checkpoint, which its class keeps in fp32. (It is only loaded:
+# mixtures of experts are not trained here.)
 PERSISTENT = {
     "kind": DeepseekV3Config,
     "kv_heads": 4,
@@ -55,11 +55,12 @@ PERSISTENT = {
 
 
 def read_buffers(hf):
-    """Every floating buffer of a transformers model, and cos and sin of its rotary embedding at NUM_POSITIONS positions."""
+    """Every floating-point buffer of a transformers model, and cos and sin of its rotary embedding at NUM_POSITIONS
+    positions."""
     buffers = {
         name: buffer.cpu().clone() for name, buffer in hf.named_buffers() if buffer.is_floating_point()
     }
-    # Says dtype and device only.
+    # The rotary embedding takes only the dtype and the device from this tensor.
     hidden = torch.zeros(1, 1, 1, dtype=hf.dtype, device=next(hf.buffers()).device)
     positions = torch.arange(NUM_POSITIONS, device=hidden.device)[None]
     cos, sin = hf.base_model.rotary_emb(hidden, positions)  # [1, NUM_POSITIONS, D]
@@ -67,7 +68,8 @@ def read_buffers(hf):
 
 
 def loaded_buffers(paths, device="cpu", dtypes=DTYPES):
-    """read_buffers of a Learner of each family, kind and dtype; and what a Learner says that lets zero.Init round."""
+    """read_buffers of a Learner for each family, kind and dtype; and the error of a Learner for which zero.Init may
+    round."""
     results, cfg, device = {}, ranks.settings(kl_coef=0.1), torch.device(device)
     for family, path in paths.items():
         for kind in KINDS:
@@ -90,13 +92,13 @@ def plain_buffers(path, kind, dtype, device="cpu"):
 
 
 def rounding_allowed():
-    """The mend taken out: a context in which zero.Init rounds every buffer, and the Learner does not look."""
+    """A context in which zero.Init rounds every buffer, as before it was fixed, and the Learner does not check."""
     return mock.patch.multiple(model, names_in_fp32=lambda buffers: [], check_buffers=lambda *arguments: None)
 
 
 def learner_logprobs(path, ids, device="cpu"):
-    """log π of ids[1:], one text, by a Learner in bf16, fp32 [len(ids) − 1]: as it is, and with the mend taken out."""
-    ppo.KEPT_WHOLE = 0  # every weight is cut into one part per rank
+    """log π of ids[1:] in one text, by a Learner in bf16, fp32 [len(ids) − 1]: as it is, and with rounding_allowed."""
+    ppo.KEPT_WHOLE = 0  # every weight is partitioned over the ranks
     cfg = ranks.settings(max_response_tokens=len(ids), max_tokens_per_pack=len(ids))
     sample = packing.Sample(0, ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), "", "stop")
     batch, idle_ranks = packing.Batch([sample]), torch.distributed.get_world_size() - 1
@@ -112,7 +114,7 @@ def learner_logprobs(path, ids, device="cpu"):
 
 
 def plain_logprobs(path, ids, device="cpu"):
-    """The same by plain transformers in bf16."""
+    """The same log-probs by plain transformers in bf16."""
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device)
     ids = torch.tensor(ids, device=device).long()
     with torch.no_grad():
@@ -147,7 +149,7 @@ def assert_same(loaded, plain):
 
 
 def make_models(folder):
-    """A model folder of each family, and one whose checkpoint holds a buffer: {name: path}."""
+    """A model folder of each family, and one whose checkpoint holds a buffer, as {name: path}."""
     paths = {name: tiny_models.make_model(folder / name, **settings) for name, settings in FAMILIES.items()}
     paths["persistent"] = tiny_models.make_model(folder / "persistent", **PERSISTENT)
     weights = load_file(folder / "persistent/model.safetensors")
@@ -177,30 +179,30 @@ def test_buffers_equal_plain_transformers(loaded, paths, family, kind, dtype):
     plain = plain_buffers(paths[family], kind, dtype)
     assert_same(loaded[family, kind, dtype], plain)
     assert any(name.endswith("inv_freq") and buffer.dtype == torch.float32 for name, buffer in plain.items())
-    if family == "gemma":  # its scale of the embeddings is rounded by plain transformers, too, and stays so
+    if family == "gemma":  # plain transformers itself rounds its embed_scale, so that the learner must, too
         (scale,) = (buffer for name, buffer in plain.items() if name.endswith("embed_scale"))
         assert scale.dtype == dtype
-    if family == "persistent":  # one name in keep_in_fp32_modules replaces the names that the class asks for
+    if family == "persistent":  # the names in keep_in_fp32_modules replace those that the class asks for
         (bias,) = (buffer for name, buffer in plain.items() if name.endswith("e_score_correction_bias"))
         assert bias.dtype == torch.float32 and len(bias.unique()) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_buffer_is_refused(loaded, kind):
-    """The next buffer that zero.Init rounds and nobody knows of."""
+    """Fails if a Learner accepts a buffer that zero.Init has rounded, as a later version may round another one."""
     assert "inv_freq has torch.bfloat16 instead of torch.float32" in loaded["rounded", kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_expected_buffers_of_a_checkpoint(paths, kind):
-    """A buffer that is stored with the weights is compared with the zeros of a fresh model."""
+    """Fails if a buffer that is stored with the weights is compared with the zeros of a fresh model."""
     expected = model.plain_buffers(kind, paths["persistent"], torch.bfloat16)
     plain = plain_buffers(paths["persistent"], kind, torch.bfloat16)
     assert_same(expected, {name: plain[name] for name in plain if name not in ("cos", "sin")})
 
 
 def test_expected_buffers_take_no_memory_for_weights(paths):
-    """A second copy of a 32B model on every rank, only to look at its buffers."""
+    """Fails if every rank reads the weights a second time, only to look at the buffers."""
     plain = AutoModelForCausalLM.from_pretrained(paths["gemma"], dtype=torch.bfloat16)
     with mock.patch.object(model, "weight_files", side_effect=AssertionError("the weights are read")):
         assert_same(
@@ -210,7 +212,7 @@ def test_expected_buffers_take_no_memory_for_weights(paths):
 
 
 def test_a_buffer_of_other_values_is_refused(paths):
-    """A check that looks at the dtype only, or at one kind of network."""
+    """Fails if the check looks at the dtype only, or at one kind of network."""
     for kind in KINDS:
         network = model.load_network(kind, paths["qwen2"], torch.float32)
         expected = model.plain_buffers(kind, paths["qwen2"], torch.float32)
@@ -224,7 +226,7 @@ def test_a_buffer_of_other_values_is_refused(paths):
 
 
 def test_long_text_in_bf16(tmp_path):
-    """A Learner in bf16 on two ranks, and plain transformers: the difference must not grow with the position."""
+    """The difference between a Learner in bf16 on two ranks and plain transformers must not grow with the position."""
     path, ids = make_long_text(tmp_path / "model")
     logprobs, _ = ranks.run_ranks("test_buffers", "learner_logprobs", 2, tmp_path, path=path, ids=ids)
     assert_long_text_shows_rounding(logprobs, plain_logprobs(path, ids))

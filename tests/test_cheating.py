@@ -1,7 +1,7 @@
 """The grader cannot be cheated: random strings against real references, and all pairs of different references.
 
-Mending single examples does not pass these tests. Every string is drawn from a grammar that knows, without the grader,
-which value the string states, if any; so does `plain_value` for references that are plain numbers.
+Repairing single examples is not enough to pass these tests. Every string is drawn from a grammar that knows, without the
+grader, which value the string states, if any; `plain_value` knows it for references that are plain numbers.
 """
 
 import functools
@@ -24,7 +24,7 @@ EQUAL_REFERENCES = Path(__file__).with_name("equal_references.txt")
 
 
 def real_references():
-    """The different reference answers of ORZ's data, sorted; those of the labelled pairs where the data is absent."""
+    """The different reference answers of ORZ's data, sorted; where the data is absent, those of the labelled pairs."""
     if not all((DATA / name).exists() for name in FILES):
         return sorted({pair[1].strip() for pairs in PAIRS.values() for pair in pairs if pair[1]})
     records = [record for name in FILES for record in json.loads((DATA / name).read_text())]
@@ -70,7 +70,7 @@ def plain_value(reference):
 
 
 def words_of(text):
-    """The letters of a text in words, with the sign that a careless reader would ignore; "" where it has digits."""
+    """The letters of a text of words, and its minus signs; "" if it has digits or signs of mathematics."""
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname)(?![a-z])", "", text)
     text = re.sub(r"\\infty|∞", "infinity", text)
     text = re.sub(r"\\(?:left|right|quad|triangle|angle|displaystyle)(?![a-zA-Z])|\\[,;:! ]", "", text)
@@ -108,7 +108,7 @@ INFINITIES = [r"\infty", r"-\infty", "∞", r"\text{infinity}", "infinity", r"+\
 
 
 def word(rng):
-    """A word that is known, or letters that nobody has thought of."""
+    """A word of the list, or random letters."""
     if rng.random() < 0.6:
         return rng.choice(WORDS)
     return "".join(rng.choice("aeioubcdlmnprst") for _ in range(rng.randint(3, 8)))
@@ -177,7 +177,8 @@ def number(rng):
 
 
 def with_value(rng):
-    """(string, value it states or None, whether a percent sign may count): names and units beside a number, and what only looks like them."""
+    """(string, the value that it states or None): a number with a name or a unit, or a string that only looks like
+    one."""
     text, value = number(rng)
     kind = rng.randrange(12)
     if kind == 0:
@@ -199,11 +200,11 @@ def with_value(rng):
         )
     if kind == 4:
         return rng.choice(NO_NAMES) + text, None
-    if kind == 5:  # an operation, a doubt or a word nobody has thought of is no unit
+    if kind == 5:  # an operation, a doubt or an unknown word is not a unit
         return text + rng.choice(
             [r"\text{ %s}", r" \mathrm{%s}", r"\mbox{ %s}"]
         ) % f"{word(rng)} {word(rng)}", None
-    if kind == 6:  # a symbol that no reference has
+    if kind == 6:  # a number with a symbol that no reference has
         suffix = rng.choice(
             [
                 r"\mathrm{i}",
@@ -220,7 +221,7 @@ def with_value(rng):
             ]
         )
         return (text + suffix, None) if value != 0 else (text, value)
-    if kind == 7:  # digits glued to words
+    if kind == 7:  # a number that runs into a word
         return text + r"\text{%s}" % rng.choice("zero one two five seven ten".split()), None
     if kind == 8 and value != 0:  # a word reference with a number beside it
         return rng.choice(["Friday", "Yes", r"\text{even}", "blue", "Oleg"]) + rng.choice(
@@ -236,11 +237,11 @@ def with_value(rng):
     return rf"{text} \text{{ or }} {number(rng)[0]}", None
 
 
-# -- (a) ----------------------------------------------------------------------------------------------------------
+# -- (a) Random strings -------------------------------------------------------------------------------------------
 
 
 def is_same_value(value, text, reference):
-    """Whether a plain reference has the value, a percent sign and the rounding of a decimal reference aside."""
+    """Whether a plain reference has this value; a percent sign and the rounding of a decimal reference may differ."""
     other, places = plain_value(reference)
     if other is None or value is None:
         return False
@@ -250,7 +251,8 @@ def is_same_value(value, text, reference):
 
 
 def find_wrong(strings, references):
-    """(accepted although wrong, accepted references that are no plain numbers and that a person has to judge)."""
+    """(wrong answers that were accepted, accepted pairs whose reference is no plain number, which a person has to
+    judge)."""
     wrong, unjudged = [], []
     for text, value in strings:
         for reference in references:
@@ -265,7 +267,7 @@ def find_wrong(strings, references):
     return wrong, unjudged
 
 
-# Values of references that are no plain numbers, computed by hand, where a random string states them.
+# The values, computed by hand, of references that are no plain numbers and whose value a random string may state.
 JUDGED = {
     "8!": 40320,
     "2^{10} - 1 = 1023": 1023,
@@ -286,13 +288,13 @@ def check_strings(strings, references):
 
 
 def draw(count, seed):
-    """Half of the strings state nothing."""
+    """Random strings; half of them state no value."""
     rng = random.Random(seed)
     return [(without_value(rng), None) if n % 2 else with_value(rng) for n in range(count)]
 
 
 def test_no_string_is_right_for_another_value(read_once):
-    """`\\mbox{ }` was right for 3,798 of 5,238 real references: text without letters was equal to numbers."""
+    """`\\mbox{ }` was once right for 3,798 of 5,238 real references: text without letters was equal to numbers."""
     references = real_references()
     references = random.Random(0).sample(references, min(400, len(references)))
     check_strings(draw(200, seed=0), references)
@@ -303,7 +305,7 @@ def test_no_string_is_right_for_another_value_of_all_references(read_once):
     check_strings(draw(3000, seed=1), real_references())
 
 
-# -- (b) ----------------------------------------------------------------------------------------------------------
+# -- (b) Different references -------------------------------------------------------------------------------------
 
 
 def read_equal_references():
@@ -332,7 +334,7 @@ def orz_references(read_once):
 
 
 def test_different_references_are_equal_only_where_a_person_has_read_it(orz_references):
-    """The five most frequent ones and some of all kinds; all 4.3 million pairs are a long test."""
+    """150 random references and all of one or two characters; all 4.3 million pairs are a long test."""
     sample = random.Random(0).sample(orz_references, 150)
     sample = sorted(set(sample) | {reference for reference in orz_references if len(reference) < 3})
     expected = {pair for pair in read_equal_references() if set(pair) <= set(sample)}

@@ -1,4 +1,4 @@
-"""Settings: everything in base.py is documented, enforced and used, and whatever is wrong is one clear line."""
+"""Settings: everything in base.py is documented, enforced and used, and every mistake gives one clear line."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from configs.load import (
 from tools.plan import derived, describe
 
 TINY = str(ROOT / "configs" / "tiny.py")
-OTHERS = ("__init__", "base", "load", "eval_only")  # the last is no whole config
+OTHERS = ("__init__", "base", "load", "eval_only")  # files that are no complete configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in OTHERS]
 GOOD = 'model = "m"\ntrain_data = ["t"]\n'
 SOURCES = (
@@ -59,7 +59,7 @@ def error_of(argv):
 
 
 def test_every_setting_is_documented():
-    """A formatter wraps a long line, and the comment with the rule in it is lost in silence."""
+    """Fails if a formatter wraps a long line of base.py, so that the comment with its rule is no longer found."""
     base, words = read_file(BASE), documentation()
     assert list(base) == list(words)
     for key, value in base.items():
@@ -71,13 +71,13 @@ def test_every_setting_is_documented():
 
 @pytest.mark.parametrize("key", read_file(BASE))
 def test_every_setting_is_read(key):
-    """A setting that nothing reads: the user turns a knob that is connected to nothing."""
+    """Fails if no file reads a setting: the user would change something that has no effect."""
     text = "\n".join((ROOT / source).read_text() for source in SOURCES)
     assert re.search(rf'cfg\.{key}\b|"{key}"', text)
 
 
 def test_recipe_is_orz():
-    """A default drifts away from the paper's while someone tunes the demo."""
+    """Fails if a default drifts away from the paper's while someone tunes the demo."""
     base = read_file(BASE)
     recipe = {"policy_lr": 1e-6, "critic_lr": 5e-6, "adam_betas": [0.9, 0.95], "warmup_steps": 50}
     recipe |= {"prompts_per_step": 128, "samples_per_prompt": 64, "temperature": 1.0, "top_p": 1.0}
@@ -93,7 +93,7 @@ def test_recipe_is_orz():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads(path):
-    """A setting was renamed in base.py, and a config that nobody ran today still has the old name."""
+    """Fails if a setting is renamed in base.py while a config that nobody has run still has the old name."""
     cfg = load([str(path)])
     assert cfg.name == path.stem
     assert set(vars(cfg)) == set(read_file(BASE))
@@ -102,7 +102,8 @@ def test_every_config_loads(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_evaluates_alone(path):
-    """--eval_only=True in a file changes nothing but its name, and the run trains; or a config's own settings win."""
+    """Fails if --eval_only=True changes only the name, so that the run trains, or if a config's own settings override
+    it."""
     cfg = load([str(path), "--eval_only=True", "--eval_data=a.jsonl"])
     assert (cfg.name, cfg.steps, cfg.train_data, cfg.kl_coef) == (f"{path.stem}_eval_only", 0, [], 0)
 
@@ -111,7 +112,8 @@ def test_every_config_evaluates_alone(path):
 
 
 def test_command_line_comes_last_and_values_keep_their_type(tmp_path):
-    """--steps=3 becomes "3", a stop string with = or a comma in it is cut, 1 is refused where 1.0 is meant."""
+    """Fails if --steps=3 becomes "3", if a stop string with = in it, or a quoted one with a comma, is cut, or if 1 is
+    refused where 1.0 is meant."""
     path = config(tmp_path, GOOD + "steps = 5\ntemperature = 1\n")
     more = ["--steps=7", "--steps=9", "--stop=a=b,c", "--gamma=1", "--policy_lr=2e-5", "--debug=False"]
     cfg = load([path, *more, "--name=1", "--adam_betas=0,0.9", "--eval_data=", "--drift_limit=-1"])
@@ -122,7 +124,8 @@ def test_command_line_comes_last_and_values_keep_their_type(tmp_path):
 
 
 def test_config_may_start_from_another(tmp_path):
-    """Modules, functions and classes that a config uses are taken for settings; an import hides a setting."""
+    """Fails if modules, functions or classes that a config uses are taken for settings, or if an import hides a
+    setting."""
     text = "import math\nfrom pathlib import Path\nfrom configs.tiny import *\n_half = 2\ndef double(x): return 2 * x\n"
     cfg = load([config(tmp_path, text + "steps = double(_half) + int(math.sqrt(9))\n")])
     assert cfg.steps == 7 and cfg.name == "mine"
@@ -130,19 +133,21 @@ def test_config_may_start_from_another(tmp_path):
 
 
 def test_paths(tmp_path, monkeypatch):
-    """A run that is started in another folder does not find the demo's model, or trains on a namesake's."""
+    """Fails if a run that is started in another folder does not find the demo's model, or if its paths stay relative.
+    A path that exists in the current folder comes first."""
     monkeypatch.chdir(tmp_path)
     assert load([TINY]).model == str(ROOT / "data/tiny")
     (tmp_path / "data/tiny").mkdir(parents=True)
     cfg = load([TINY, "--critic_model=Qwen/Qwen2.5-7B", "--eval_data=no/such.json"])
-    assert cfg.model == str(tmp_path / "data/tiny")  # here comes first
+    assert cfg.model == str(tmp_path / "data/tiny")  # the current folder comes first
     assert (cfg.critic_model, cfg.eval_data) == ("Qwen/Qwen2.5-7B", ["no/such.json"])
     assert cfg.out_dir == str(tmp_path / "runs")  # absolute: a Worker's current folder may be another
     assert load([TINY, "--critic_model="]).critic_model == ""
 
 
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """A shell leaves ~ alone behind =: the run goes to ./~/runs, and ~/m is looked up on the hub."""
+    """A shell does not expand ~ after =. Fails if the run is written to ./~/runs, or if ~/m is looked up on the
+    hub."""
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = ["--out_dir=~/runs", "--model=~/m", "--critic_model=~/a/b", "--eval_data=~/e.jsonl"]
     cfg = load([config(tmp_path, 'model = "m"\ntrain_data = ["~/t.jsonl"]\n'), *paths])
@@ -151,7 +156,7 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_describe_states_the_arithmetic():
-    """The header says 64 x 16 while the run does something else."""
+    """Fails if the header shows other numbers than those that the run uses."""
     cfg = load([TINY, "--workers=4", "--tensor_parallel=2", "--prompts_per_step=8", "--samples_per_prompt=3"])
     assert derived(cfg)["responses per step"].endswith("= 24")
     assert derived(cfg)["vLLM engines"].endswith("= 2")
@@ -237,26 +242,31 @@ REFUSED = {
     "--loss_average=sequence": ["loss_average='sequence'", "response"],
     "--epochs_per_step=0": ["epochs_per_step=0", "epochs_per_step > 0"],
     "--eval_max_response_tokens=-1": ["eval_max_response_tokens=-1", ">= 0"],
-    "--eval_data=a/test.json,b/test.json": ["eval_data", "b/test.json", "no two of one name"],
-    "--eval_data=a/overall.json": ["eval_data", "'overall'", "no two of one name"],
+    "--eval_data=a/test.json,b/test.json": [
+        "eval_data",
+        "b/test.json",
+        "no two files may have the same name",
+    ],
+    "--eval_data=a/overall.json": ["eval_data", "'overall'", "no two files may have the same name"],
 }
 
 
 @pytest.mark.parametrize("argument", REFUSED, ids=lambda argument: argument[:40])
 def test_refused_on_the_command_line(argument):
-    """A wrong value is taken silently, or its message does not say which setting, which value and what would do."""
+    """Fails if a wrong value is accepted, or if its message does not say which setting and value are wrong and what
+    would do."""
     sizes = [
         "--prompts_per_step=64",
         "--samples_per_prompt=16",
         "--max_prompt_tokens=32",
         "--max_response_tokens=96",
     ]
-    load([TINY, *sizes])  # else the next line proves nothing
+    load([TINY, *sizes])  # accepted without the argument; otherwise the refusal would prove nothing
     message = error_of([TINY, *sizes, *re.split(" (?=--)", argument)])
     assert [part for part in REFUSED[argument] if part not in message] == [], message
 
 
-WITHOUT_EFFECT = {  # settings → the start of what is said about them, and beside it a setting with which they have one
+WITHOUT_EFFECT = {  # settings → the start of the message about them, and a further setting with which they have an effect
     "--clip_eps=0.3": ("clip_eps=0.3 has no effect: with one policy update", "--policy_updates_per_step=2"),
     "--clip_eps_high=0.28": ("clip_eps_high=0.28 has no effect: with one policy", "--epochs_per_step=2"),
     "--update_ref_every=3": (
@@ -270,7 +280,8 @@ WITHOUT_EFFECT = {  # settings → the start of what is said about them, and bes
 
 @pytest.mark.parametrize("arguments", WITHOUT_EFFECT)
 def test_a_setting_without_effect_is_named(arguments):
-    """An ablation of a month compares two runs that are the same, because the ratio is 1 in both."""
+    """Fails if nobody is told that a setting has no effect: a long ablation would compare two runs that are the
+    same."""
     assert without_effect(load([TINY])) == []
     words, other = WITHOUT_EFFECT[arguments]
     (line,) = without_effect(load([TINY, *arguments.split()]))
@@ -280,7 +291,7 @@ def test_a_setting_without_effect_is_named(arguments):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_config_has_a_setting_without_effect(path):
-    """A config sets what changes nothing beside its other settings."""
+    """Fails if a config sets what has no effect beside its other settings."""
     assert without_effect(load([str(path)])) == []
 
 
@@ -304,8 +315,9 @@ BROKEN_FILES = {
 
 @pytest.mark.parametrize("text", BROKEN_FILES)
 def test_refused_in_a_file(text, tmp_path):
-    """A misspelt key in a config file passes silently: the run of a week used the default. Or: a bare traceback."""
-    load([config(tmp_path, GOOD)])  # else the next line proves nothing
+    """Fails if a misspelt key in a config file is ignored, so that a long run uses the default, or if an error is a
+    bare traceback."""
+    load([config(tmp_path, GOOD)])  # accepted without the text; otherwise the refusal would prove nothing
     message = error_of([config(tmp_path, GOOD + text + "\n")])
     assert [
         part
@@ -316,12 +328,12 @@ def test_refused_in_a_file(text, tmp_path):
 
 @pytest.mark.parametrize("argv", [[], ["--steps=3"], ["no_such.py"], ["configs"], [f"{TINY}x", "--steps=3"]])
 def test_config_file_missing(argv):
-    """The first thing that everyone gets wrong ends in an IndexError."""
+    """Fails if a forgotten config file, the most common mistake, ends in an IndexError."""
     assert "config file" in error_of(argv)
 
 
 def test_help_names_everything(capsys):
-    """--help is written by hand and has forgotten half of the settings."""
+    """Fails if --help does not show every setting with its comment."""
     with pytest.raises(SystemExit) as stop:
         load([TINY, "--help"])
     assert stop.value.code == 0
@@ -331,7 +343,7 @@ def test_help_names_everything(capsys):
 
 
 def test_help_marks_what_may_differ_when_a_run_goes_on(capsys):
-    """A setting was renamed and its mark is lost; or a mark stands at a setting that must stay."""
+    """Fails if a renamed setting loses its mark, or if a setting that must stay has one."""
     with pytest.raises(SystemExit):
         load(["--help"])
     text = capsys.readouterr().out
@@ -356,7 +368,7 @@ def python(code):
 
 
 def test_small_homes_import_nothing_heavy():
-    """A test of a formula, or --help, waits ten seconds for torch and vLLM."""
+    """Fails if --help, or a test of a formula, must wait ten seconds for torch and vLLM."""
     out, _ = python("import configs.load, data.load, log")
     assert json.loads(out[-1]) == []
     # The driver plans before a run: with torch it would make a CUDA context, which takes memory from a Worker.
@@ -365,7 +377,7 @@ def test_small_homes_import_nothing_heavy():
 
 
 def test_bad_settings_end_in_one_line_before_torch(tmp_path):
-    """A misspelt setting costs a minute of imports, and its message drowns in a traceback."""
+    """Fails if a misspelt setting costs a minute of imports, or if its message is lost in a traceback."""
     bad = ["--stepz=3"], ["--steps=0"], [f"--out_dir={tmp_path}", f"--train_data={tmp_path}/missing.jsonl"]
     calls = "; ".join(f"print(launch.main({[TINY, *arguments]}))" for arguments in bad)
     out, errors = python(f"import launch; {calls}")

@@ -1,4 +1,4 @@
-"""What makes a run the same run is content, not paths: it goes on where everything has moved, and nowhere else."""
+"""A run is identified by the content of its model and data, not by their paths: moved, it continues; changed, it does not."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tools import export
 
 
 def copied(folder):
-    """The demo's model and data, copied into a folder."""
+    """Copy the demo's model and data into a folder, and return the folder."""
     shutil.copytree(ROOT / "data/tiny", folder)
     return folder
 
@@ -42,7 +42,7 @@ def append(file, text):
         out.write(text)
 
 
-# What may happen to a copy, and what the refusal then names; None where the run goes on.
+# What may happen to a copy of the demo's folder, and what the refusal then names, or None if the run is continued.
 CHANGES = {
     "moved": (lambda folder: None, None),
     "a commit elsewhere": (lambda folder: (folder / "README.md").write_text("new"), None),
@@ -67,8 +67,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_is_tied_to_content(change, tmp_path):
-    """A run of weeks cannot go on in a container that mounts the model elsewhere; or goes on from another model, whose
-    files happen to have the same names and sizes."""
+    """Fails if a run cannot be continued where the model has another path, as in another container, or if it is
+    continued with another model whose files have the same names and sizes."""
     Log(settings(tmp_path, copied(tmp_path / "old place"))).metrics.close()
     folder = copied(tmp_path / "new place")
     edit, words = CHANGES[change]
@@ -85,7 +85,7 @@ def test_a_run_is_tied_to_content(change, tmp_path):
 
 
 def test_the_order_of_files_is_content(tmp_path):
-    """Two files change places: each step would take other questions than before."""
+    """Fails if two data files may change places: each step would take other questions than before."""
     folder = copied(tmp_path / "model")
     both = [f"{folder}/train.jsonl", f"{folder}/eval.jsonl"]
     Log(settings(tmp_path, folder, ",".join(both))).metrics.close()
@@ -95,7 +95,7 @@ def test_the_order_of_files_is_content(tmp_path):
 
 
 def test_shards_are_content(tmp_path):
-    """Of several files only the first is looked at."""
+    """Fails if only the first of several weight files is compared."""
     folder = copied(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -117,14 +117,14 @@ def test_shards_are_content(tmp_path):
 
 
 def run_folder(tmp_path, model):
-    """A run's folder as far as export.py looks before it starts Ray."""
+    """The folder of a run, as far as export.py reads it before it starts Ray."""
     Log(settings(tmp_path, model)).metrics.close()
     os.makedirs(tmp_path / "runs/a/checkpoints/step_1")
     return str(tmp_path / "runs/a")
 
 
 def exported(argv, capsys):
-    """The line that export.py ends with; it must not get as far as Ray."""
+    """The one line that export.py ends with, before it starts Ray."""
     assert export.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
@@ -132,13 +132,13 @@ def exported(argv, capsys):
 
 
 def test_export_says_which_folder_is_gone(tmp_path, capsys):
-    """The model has moved since the run: a traceback of the hub's about a repository id."""
+    """Fails if a model that has moved since the run ends in the hub's traceback about a repository id."""
     model = copied(tmp_path / "model")
     run = run_folder(tmp_path, model)
     shutil.rmtree(model)
     said = exported([run, "1"], capsys)
     assert f"model='{model}', from which the run started, is gone: --model=FOLDER" in said
-    assert "no hub name, nor a folder" in exported([run, "1", f"--model={tmp_path}/none"], capsys)
+    assert "neither a hub name nor a folder" in exported([run, "1", f"--model={tmp_path}/none"], capsys)
     other = copied(tmp_path / "other")
     train_a_little(other)
     assert "another model (other weights)" in exported([run, "1", f"--model={other}"], capsys)
@@ -147,7 +147,8 @@ def test_export_says_which_folder_is_gone(tmp_path, capsys):
 
 
 def test_export_takes_the_new_place(tmp_path, monkeypatch, capsys):
-    """--model is read for the policy, and the critic, which started from the same folder, is looked for at the old one."""
+    """Fails if --model is used for the policy only, so that the critic, which started from the same folder, is looked
+    for in the old one."""
     model = copied(tmp_path / "model")
     run = run_folder(tmp_path, model)
     model.rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""data/prepare.py convert: data as people have it becomes this project's JSONL, whole, or is refused in one line."""
+"""data/prepare.py convert: common forms of data become this project's JSONL completely, or are refused in one line."""
 
 import bz2
 import gzip
@@ -67,7 +67,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, tmp_path, capsys):
-    """What half of all data sets look like is called broken, though it is whole."""
+    """Fails if a common form of data set is refused as broken."""
     content, options, expected = FORMS[form]
     questions, said = converted(tmp_path, capsys, content, *options)
     assert questions == expected
@@ -85,7 +85,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("form", CHOICES)
 def test_choices_are_written_into_the_question(form, tmp_path, capsys):
-    """The grader knows the choices and the model does not: it guesses a letter, and learns to guess."""
+    """Fails if only the grader knows the choices: the model would guess a letter, and learn to guess."""
     fields, options = CHOICES[form]
     ((question, answer, choices, _),), _ = converted(
         tmp_path, capsys, json.dumps({"question": "Largest?"} | fields), *options
@@ -100,7 +100,7 @@ def test_choices_that_are_there_are_not_written_twice(tmp_path, capsys):
 
 
 def test_rows_without_an_answer_are_counted(tmp_path, capsys):
-    """Rows are lost in silence, or become questions that no answer can solve."""
+    """Fails if rows are lost without a message, or become questions that no answer can solve."""
     rows = [GSM8K, GSM8K | {"answer": "no marker"}, GSM8K | {"question": ""}, {"question": "1"}, "text"]
     questions, said = converted(tmp_path, capsys, json.dumps(rows), "--extract=####")
     assert len(questions) == 1 and "1 questions" in said and "4 rows left out" in said
@@ -115,11 +115,11 @@ def test_parquet(tmp_path, capsys):
     questions, _ = converted(tmp_path, capsys, (tmp_path / "t").read_bytes(), name="table.parquet")
     assert questions == TWO[:1] * 2
     (tmp_path / "cut.parquet").write_bytes(b"PAR1\xfe\xfe PAR1")
-    assert "cut.parquet: is no whole Parquet file" in refused(capsys, tmp_path / "cut.parquet")
+    assert "cut.parquet: is not a whole Parquet file" in refused(capsys, tmp_path / "cut.parquet")
 
 
 def test_optional_packages_are_asked_for(tmp_path, capsys, monkeypatch):
-    """A traceback of ModuleNotFoundError; or everybody has to install what a few need."""
+    """Fails if a missing optional package ends in a ModuleNotFoundError instead of the command that installs it."""
     (tmp_path / "table.parquet").write_bytes(b"PAR1\xfe\xfe PAR1")
     monkeypatch.chdir(tmp_path)
     for package in ("pyarrow", "datasets"):
@@ -129,7 +129,7 @@ def test_optional_packages_are_asked_for(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_be_converted(tmp_path, capsys, monkeypatch):
-    """Half a file is left behind, one that was there is overwritten, or an option is misspelt without a word."""
+    """Fails if half a file is left behind, if an existing file is overwritten, or if a misspelt option is ignored."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps([{"q": "1", "a": "2"}]))
     (tmp_path / "cut.json").write_text('[\n{"question": "1",\n')
@@ -142,7 +142,7 @@ def test_what_cannot_be_converted(tmp_path, capsys, monkeypatch):
     assert "cut.json:3: broken or truncated JSON" in refused(capsys, "cut.json")
     assert "cut.gz: cannot be unpacked" in refused(capsys, "cut.gz")
     assert "neither Parquet nor UTF-8" in refused(capsys, "latin.csv")
-    assert "good.jsonl is there already" in refused(capsys, "good.json")
+    assert "good.jsonl exists already" in refused(capsys, "good.json")
     assert "cannot write /proc/x.jsonl" in refused(capsys, "good.json", "--out=/proc/x.jsonl")
     assert "there is no such file" in refused(capsys, "none.json")
     assert "is a folder: name a file in it" in refused(capsys, "/proc")

@@ -1,4 +1,4 @@
-"""Questions: every format loads whole, a bad entry is named, prompts are the template's, no question is lost."""
+"""Questions: every format loads whole, a bad entry is named, prompts follow the template, no question is lost."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def written(tmp_path, content):
 
 
 def test_each_format(tmp_path):
-    """A format loses a field, or a line separator inside a text cuts a JSONL line in two."""
+    """Fails if a format loses a field, or if a line separator inside a text cuts a JSONL line in two."""
     load = lambda content: load_questions(written(tmp_path, content))  # noqa: E731
     assert load(json.dumps([DIALOGUE, DIALOGUE])) == [Question("1+1?", "2")] * 2
     expected = [Question("What is $\\{1\\}$?", "a set"), Question("A. x\nB. y", "B", {"A": "x", "B": "y"})]
@@ -66,13 +66,14 @@ def test_each_format(tmp_path):
         json.dumps({"question": "p\u2028q", "answer": "1"}, ensure_ascii=False),
     ]
     assert load("\r\n".join(lines)) == [Question("ε – 世界?", "0"), Question("p\u2028q", "1")]
-    assert load(b"\xef\xbb\xbf" + json.dumps(PLAIN).encode()) == [Question("ε – 世界?", "0")]  # Windows' mark
+    # Windows writes a byte order mark first.
+    assert load(b"\xef\xbb\xbf" + json.dumps(PLAIN).encode()) == [Question("ε – 世界?", "0")]
 
 
 @pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
 @pytest.mark.parametrize("name", ORZ_FILES)
 def test_orz_files_load_whole(name):
-    """Questions of the paper's own files are lost in silence."""
+    """Fails if questions of the paper's own files are lost."""
     questions = load_questions(str(ORZ_DATA / name))
     entries = json.loads((ORZ_DATA / name).read_text(encoding="utf-8"))
     assert len(questions) == len(entries) == ORZ_FILES[name]
@@ -110,14 +111,17 @@ BROKEN = {
     "empty question": (dialogues([{"value": ""}, DIALOGUE[1]]), "item 2: the question must be a text"),
     "answer no text": (
         json.dumps(PLAIN | {"answer": 42}),
-        "item 1: the answer must be a text, whole and not empty, not 42",
+        "item 1: the answer must be a text of whole characters and not empty, but it is 42",
     ),
     "half character": ('{"question": "\\ud800", "answer": "1"}', "item 1: the question must be a text"),
     "answer no choice": (
         json.dumps([CHOICE | {"final_answer": "C"}]),
         "item 1: the answer 'C' is none of the choices",
     ),
-    "choices no texts": (json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]), "none of the choices (texts)"),
+    "choices no texts": (
+        json.dumps([CHOICE | {"choices": {"A": 1, "B": 2}}]),
+        "or they are no dict of texts",
+    ),
     "choices no letters": (json.dumps([CHOICE | {"choices": ["A", "B"]}]), "none of the choices"),
     "choices beside the question": (
         json.dumps(PLAIN | {"answer": "B", "choices": {"A": "Mars", "B": "Jupiter"}}),
@@ -136,7 +140,7 @@ BROKEN = {
     "gzip": (gzip.compress(b"{}"), "is compressed (gzip), not JSON: python data/prepare.py convert"),
     "csv": (
         "question,answer\n1+1,2\n",
-        ":1: broken or truncated JSON, or none; `data/prepare.py convert` reads CSV",
+        ":1: broken or truncated JSON, or not JSON at all; `data/prepare.py convert` reads CSV",
     ),
     "zip": (b"PK\x03\x04\x00", "is a zip archive, not JSON: unpack it first"),
 }
@@ -144,7 +148,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_file_is_named_with_its_place(name, tmp_path):
-    """One bad line of 57,000 ends in a KeyError, or is skipped, or becomes a question that no answer can solve."""
+    """Fails if one bad line of 57,000 ends in a KeyError, is skipped, or becomes a question that no answer can
+    solve."""
     content, expected = BROKEN[name]
     with pytest.raises(UserError) as error:
         load_questions(written(tmp_path, content))
@@ -154,13 +159,14 @@ def test_broken_file_is_named_with_its_place(name, tmp_path):
 
 @pytest.mark.parametrize("name, reason", [("missing.json", "No such file"), ("", "Is a directory")])
 def test_no_file(name, reason, tmp_path):
-    """A missing file, or a folder in a file's place, ends in a traceback."""
+    """Fails if a missing file, or a folder in place of a file, ends in a traceback."""
     with pytest.raises(UserError, match=reason):
         load_questions(str(tmp_path / name))
 
 
 def test_a_hub_data_set_is_named(monkeypatch, tmp_path):
-    """openai/gsm8k as training data: "No such file", and nobody says that it can be had."""
+    """Fails if the name of a hub data set, such as openai/gsm8k, ends in "No such file" without the command that
+    converts it."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match="if it is a Hugging Face data set: python data/prepare.py convert openai/gsm8k"
@@ -169,7 +175,7 @@ def test_a_hub_data_set_is_named(monkeypatch, tmp_path):
 
 
 def test_pickles_are_never_loaded(tmp_path):
-    """A data set from a stranger runs code: it must not, whatever its name is."""
+    """A pickle can run code when it is loaded, so no data file is read as one, whatever its name."""
     import pickle
 
     path = tmp_path / "set.pkl"
@@ -190,7 +196,7 @@ def grader():
 
 
 def checked(answers, grader):
-    """What is said of a file with these references."""
+    """What is said about a file with these references."""
     said = []
     questions = [Question(f"{i}?", answer) for i, answer in enumerate(answers)]
     check_references({"set.jsonl": questions}, grader, said.append)
@@ -199,7 +205,8 @@ def checked(answers, grader):
 
 @pytest.mark.parametrize("answer", UNREADABLE)
 def test_references_that_no_answer_can_equal_are_refused(answer, grader):
-    """GSM8K's solutions as references: every reward is 0, in every step, and the run goes to its end."""
+    """Fails if a file with references that cannot be read, such as GSM8K's whole solutions, is accepted: every reward
+    would be 0, and the run would go on to its end."""
     with pytest.raises(UserError) as error:
         checked([answer], grader)
     message = str(error.value)
@@ -216,16 +223,17 @@ def test_good_references_pass(answer, grader):
 
 
 def test_a_few_unreadable_references_are_counted(grader):
-    """A file is refused for one reference of a hundred; or nobody learns of the ones that can only give 0."""
+    """Fails if one unreadable reference in a hundred refuses a file, or if nobody is told of the ones that can only
+    give 0."""
     assert checked([*READABLE, UNREADABLE[0]], grader)[0].startswith(
         "set.jsonl: 1 of 9 references cannot be read"
     )
-    assert checked([UNREADABLE[0]] + ["1"] * 99, grader)  # of 2 that differ, 1 is not over half
+    assert checked([UNREADABLE[0]] + ["1"] * 99, grader)  # one of two different references is not over half
 
 
 @pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
 def test_orz_references_can_be_read(grader):
-    """The paper's own files are refused, or a start takes minutes because all of them are tried."""
+    """Fails if the paper's own files are refused, or if so many references are tried that a start takes minutes."""
     said = []
     data = {name: load_questions(str(ORZ_DATA / name)) for name in ORZ_FILES}
     check_references(data, grader, said.append)
@@ -235,7 +243,7 @@ def test_orz_references_can_be_read(grader):
 
 
 def test_what_is_held_out_and_trained_on_is_said():
-    """An accuracy that rises because the questions were trained on."""
+    """Fails if nobody is told that evaluation questions are also trained on, which would raise the accuracy."""
     said = []
     a, b, c = (Question(text, "1") for text in "abc")
     cfg = SimpleNamespace(train_data=["t", "both"], eval_data=["e", "both", "clean"])
@@ -246,7 +254,7 @@ def test_what_is_held_out_and_trained_on_is_said():
     )
     assert said == [
         "e: 2 of its 3 questions are in train_data, too",
-        "both: is in train_data and in eval_data: what is measured on it has been trained on",
+        "both: is in train_data and in eval_data, so that its questions are trained on",
     ]
 
 
@@ -255,7 +263,7 @@ def test_what_is_held_out_and_trained_on_is_said():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Characters as tokens, begin and end tokens, and the habit of putting both around every text."""
+    """A tokenizer whose tokens are characters, and which puts a begin and an end token around every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -271,9 +279,9 @@ def tokenizer():
 
 
 def test_prompt_is_the_template_after_one_begin_token(tokenizer):
-    """Braces of a question are read as format fields; two begin tokens, or an end token after the prompt, which the
-    policy then has to continue after."""
-    # As said.
+    """Fails if braces in a question are read as format fields, or if a prompt has two begin tokens or an end token at
+    its end, after which the policy would have to continue."""
+    # This tokenizer does put both around every text.
     assert tokenizer("a")["input_ids"] == [0, tokenizer("a", add_special_tokens=False)["input_ids"][0], 1]
     template = read_file(BASE)["prompt_template"]
     question = Question("What is {x} in $\\frac{1}{2}$, {question}, {0}, %s?", "1")
@@ -286,7 +294,7 @@ def test_prompt_is_the_template_after_one_begin_token(tokenizer):
 
 
 def test_chat_prompt_is_the_models_own(tokenizer):
-    """The chat template writes the begin token, and the tokenizer puts another before it."""
+    """Fails if the tokenizer puts a begin token before the one that the chat template writes."""
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[you]{% endif %}"
     assert chat_template(tokenizer, "chat") == tokenizer.chat_template
     (prompt,), _ = encode_prompts([Question("a{b}", "1")], tokenizer, 2048)
@@ -295,7 +303,8 @@ def test_chat_prompt_is_the_models_own(tokenizer):
 
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<unk>"])
 def test_special_tokens_in_a_question_stay_text(tokenizer, token):
-    """A question that quotes <|im_end|> ends the user's turn in the middle; or it loses the template's own tokens."""
+    """Fails if a question that quotes <|im_end|> ends the user's turn in the middle, or if the template's own special
+    tokens are lost."""
     tokenizer.chat_template = chat_template(tokenizer, "User: {question}\n")
     question = Question(f"What does {token} mean?", "1")
     (prompt, plain), _ = encode_prompts([question, Question("1+1", "2")], tokenizer, 2048)
@@ -316,7 +325,7 @@ TEMPLATES = [
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("question", ["1+1?", "{{ messages }} {% endif %}\n", "<b>&amp; 'é' \U0001d538"])
 def test_any_template_becomes_a_chat_template(tokenizer, template, question):
-    """Jinja runs a part of the template or of a question, trims a newline, or escapes a sign."""
+    """Fails if Jinja runs a part of the template or of a question, trims a newline, or escapes a character."""
     tokenizer.chat_template = chat_template(tokenizer, template)
     chat = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -324,8 +333,8 @@ def test_any_template_becomes_a_chat_template(tokenizer, template, question):
 
 
 def test_longest_prompt_is_kept_and_one_token_more_is_dropped(tokenizer):
-    """Off by one, and the longest prompt no longer fits the engine; or a question is dropped with its neighbour's
-    answer kept."""
+    """Fails if the limit is off by one, so that the longest prompt does not fit the engine, or if dropping a question
+    shifts the others."""
     questions = [Question("x" * length, str(length)) for length in (5, 7, 3, 6)]
     tokenizer.chat_template = chat_template(tokenizer, "{question}!")
     prompts, dropped = encode_prompts(questions, tokenizer, 8)  # begin token + question + "!"
@@ -334,7 +343,8 @@ def test_longest_prompt_is_kept_and_one_token_more_is_dropped(tokenizer):
 
 
 def test_read_tasks_reports_what_it_drops(tmp_path):
-    """Over-long prompts vanish without a word, or all of them do and the run starts on nothing."""
+    """Fails if over-long prompts are dropped without a message, or if a run starts although all of them were
+    dropped."""
     said = []
     log = SimpleNamespace(say=said.append)
     settings = {
@@ -362,7 +372,8 @@ def test_read_tasks_reports_what_it_drops(tmp_path):
 
 
 def test_the_demo_is_measured_on_what_it_has_not_seen(tmp_path, monkeypatch):
-    """A file of the demo edited by hand, or a question it trains on among those it is measured on, either way round."""
+    """Fails if a file of the demo was edited by hand, or if a held-out sum is trained on in either order of its
+    numbers."""
     import data.make_tiny as make_tiny
 
     monkeypatch.setattr(make_tiny, "OUT", tmp_path)
@@ -381,7 +392,8 @@ def test_the_demo_is_measured_on_what_it_has_not_seen(tmp_path, monkeypatch):
 
 
 def test_the_recurrence_is_measured_on_what_it_has_not_seen(tmp_path):
-    """As for the demo. The reference answers are those of the rule, and no document of pre-training holds a question."""
+    """Like the demo's test: the reference answers follow the rule, and no document of pre-training has a question of
+    the two files."""
     import data.make_recurrence as make_recurrence
 
     make_recurrence.write_questions(tmp_path)
@@ -406,7 +418,8 @@ def test_the_recurrence_is_measured_on_what_it_has_not_seen(tmp_path):
 
 
 def test_a_check_of_the_recurrence_is_right_more_often_than_work():
-    """The last line of a step does not count, or a check that loops answers after all: then longer answers gain nothing."""
+    """Fails if an answer with checked steps is not right more often than one without, or if a check that never agrees
+    gives an answer all the same: longer answers would then gain nothing."""
     import data.make_recurrence as make_recurrence
 
     rng, num_right = random.Random(0), {}
@@ -420,10 +433,10 @@ def test_a_check_of_the_recurrence_is_right_more_often_than_work():
 # ---- Order ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # on a busy machine an example may take long
 @given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**32 - 1))
 def test_every_epoch_has_every_question_once(num_questions, prompts_per_step, seed):
-    """The tail of an epoch is dropped, or the steps around it repeat questions (NeMo-RL#2519)."""
+    """Fails if the tail of an epoch is dropped, or if the steps around it repeat questions (NeMo-RL#2519)."""
     num_steps = -(-3 * num_questions // prompts_per_step)
     steps = [step_questions(num_questions, prompts_per_step, seed, step) for step in range(num_steps)]
     assert all(len(step) == prompts_per_step for step in steps)
@@ -434,16 +447,15 @@ def test_every_epoch_has_every_question_once(num_questions, prompts_per_step, se
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    """A resumed run sees other questions than the run that was not killed; or every epoch has the same order."""
+    """Fails if a resumed run sees other questions than an uninterrupted one, or if every epoch has the same order."""
     np.random.seed(0)
     first = [step_questions(1000, 250, 1, step) for step in range(8)]
-    # No cursor, no hidden state.
+    # Called in another order, the steps are the same: there is no cursor and no hidden state.
     again = [step_questions(1000, 250, 1, step) for step in reversed(range(8))][::-1]
     assert all((a == b).all() for a, b in zip(first, again))
     assert (np.concatenate(first[:4]) != np.concatenate(first[4:])).any()
     assert (first[0] != step_questions(1000, 250, 2, 0)).any()
-    assert (
-        np.concatenate(first) == step_questions(1000, 2000, 1, 0)
-    ).all()  # the size of a step moves nothing
+    # The order does not depend on the size of a step.
+    assert (np.concatenate(first) == step_questions(1000, 2000, 1, 0)).all()
     late = step_questions(57_000, 128, 1, 10**7)
     assert len(set(late.tolist())) == 128

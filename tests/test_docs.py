@@ -24,12 +24,12 @@ def code_blocks(text):
 
 
 def backticked(text):
-    """What stands in single backticks outside of code blocks."""
+    """What stands in single backticks outside code blocks."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
 def anchors(page):
-    """The names under which GitHub links to the headings of a page."""
+    """The names by which GitHub links to the headings of a page."""
     found = set()
     for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
         kept = re.sub(r"[^\w\- ]", "", heading.lower())
@@ -39,7 +39,7 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
-    """A page is renamed, and the front page still points at it."""
+    """Fails if a page is renamed and another one still links to it."""
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith(("http://", "https://")):
             continue
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_responses_shown_are_recorded():
-    """The front page shows two responses that no run of the demo gave."""
+    """Fails if the front page shows two responses that no recorded run of the demo gave."""
     shown = next(block for block in code_blocks(README) if block.startswith("before "))
     for row in json.loads((ROOT / "docs/demo/responses.json").read_text()):
         before, after = row["before"], row["after"]
@@ -63,7 +63,7 @@ def test_the_responses_shown_are_recorded():
 
 
 def test_the_tree_of_files_exists():
-    """The front page shows where things are; a file that was moved is not there any more."""
+    """The front page shows where things are. Fails if a file was moved and the page was not."""
     tree = next(block for block in code_blocks(README) if block.startswith("launch.py "))
     found = set()
     for line in tree.splitlines():
@@ -80,14 +80,15 @@ def test_the_tree_of_files_exists():
 FOLDERS = "configs|data|tools|tests|bench|docs|docker|examples"
 # Files in a folder of the project, or Python files beside launch.py. data/orz/ and models/ are made by data/prepare.py.
 FILES = re.compile(rf"(?<![\w./])(?!data/orz/)((?:{FOLDERS})/[\w./]*\w\.\w+|\w+\.py)\b")
-# Examples, and what patches in docs/forks make.
+# Files of examples on the pages, and files that the patches in docs/forks make.
 OF_THE_READER = {"mine.py", "longer.py", "sums.py", "make_sums.py", "easy_countdown.py", "task.py"}
 OF_THE_READER |= {"bonus.py", "boxed.py", "smollm3.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_are_named_exist(page):
-    """A command or a sentence names a file that is gone: tools/plot.py was plot.py once."""
+    """Fails if a command or a sentence names a file that no longer exists, as plot.py after it became
+    tools/plot.py."""
     text = page.read_text(encoding="utf-8")
     for part in [*code_blocks(text), *backticked(text)]:
         for name in FILES.findall(part):
@@ -99,7 +100,7 @@ def test_files_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_of_commands_exist(page):
-    """A command on a page ends in "unknown setting"."""
+    """Fails if a command on a page would end in "unknown setting"."""
     known = set(read_file(BASE))
     for patch in (ROOT / "docs/forks").glob("*.patch"):  # Some bring a setting of their own.
         known.update(re.findall(r"^\+([a-z]\w*) = ", patch.read_text(encoding="utf-8"), re.MULTILINE))
@@ -111,7 +112,7 @@ def test_settings_of_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_targets_of_make_exist(page):
-    """A page says `make` and a word that the Makefile does not know."""
+    """Fails if a page says `make` and a target that the Makefile does not have."""
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE)) | {"soak"}
     text = page.read_text(encoding="utf-8")
@@ -147,17 +148,17 @@ def function_in(file, name):
     return ast.get_source_segment(source, found)
 
 
-# What the code calls the dicts that it fills.
+# The names of the dicts that the code fills with metrics.
 DICTS = {"metrics", "vectors", "shares", "sums", "results", "means"}
 NO_METRICS = {"deepspeed_config"}  # functions that make dicts of other things
-PARTS = {  # what may stand in the braces of a key
+PARTS = {  # the texts that an expression in the braces of a key may stand for
     "kind": ["policy", "critic"],
     "name": ["response_tokens", "response_tokens_right", "response_tokens_wrong"],
 }
 
 
 def keys_of(node):
-    """The keys that an expression may stand for; [] for what only a run knows."""
+    """The keys that an expression may stand for; [] if only a run knows them."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [node.value]
     if not isinstance(node, ast.JoinedStr):
@@ -170,7 +171,7 @@ def keys_of(node):
 
 
 def keys_made_in(file):
-    """Literal keys of the dicts that the functions of a file make or fill."""
+    """The literal keys of the dicts that the functions of a file make or fill."""
     keys = set()
     for function in ast.walk(ast.parse(source_of(file))):
         if not isinstance(function, ast.FunctionDef) or function.name in NO_METRICS:
@@ -194,12 +195,13 @@ def metrics_in_the_code():
 
 
 def phases_in_the_code():
-    """The phases of `seconds`: what WorkerGroup gives to call() and sample() first. Start and export are in no step."""
+    """The phases of `seconds`: the first arguments of WorkerGroup's call() and sample(). Start and export belong to no
+    step."""
     source = source_of("workers.py")
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     group = next(node for node in classes if node.name == "WorkerGroup")
     phases = set(re.findall(r"self\.(?:call|sample)\(\s*\"(\w+)\"", ast.get_source_segment(source, group)))
-    # WorkerGroup.update's is the network's.
+    # The phase of WorkerGroup.update is the name of the network.
     return phases - {"setup", "load", "export"} | {"policy", "critic"}
 
 
@@ -214,25 +216,26 @@ def metrics_of_stored_rows():
 
 
 def test_every_metric_is_explained():
-    """A metric in metrics.jsonl of which nobody says what it is. A new one needs a row in docs/metrics.md."""
+    """Fails if metrics.jsonl has a metric that docs/metrics.md does not explain. A new one needs a row there."""
     made, phases = metrics_in_the_code(), phases_in_the_code()
     explained = set(backticked((ROOT / "docs/metrics.md").read_text(encoding="utf-8")))
     missing = (made | phases | metrics_of_stored_rows()) - explained
     assert not missing, f"docs/metrics.md does not explain {sorted(missing)}"
-    # The code is still read as this test expects.
+    # These must be among them, or the code is no longer found as this test expects.
     assert {"entropy", "lr_critic", "response_tokens_wrong_std", "update_kl", "kl_loss", "epoch"} <= made
     assert {"generate", "eval", "values", "save", "sync"} <= phases
 
 
 def test_every_column_is_explained():
-    """The printed table has titles of its own; metrics.md says which metric each of them is."""
+    """The printed table has titles of its own; docs/metrics.md says which metric each of them is."""
     explained = set(backticked((ROOT / "docs/metrics.md").read_text(encoding="utf-8")))
     for column in [*STEP_COLUMNS, *EVALUATION_COLUMNS]:
         assert column.title in explained, column.title
 
 
 def test_settings_that_may_change_are_listed():
-    """operations.md lists other settings as those that may differ when a run goes on than the code has."""
+    """Fails if docs/operations.md lists other settings than the code as those that may differ when a run is
+    resumed."""
     text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     for kind, settings in (("may change", MAY_CHANGE), ("may move", MAY_MOVE)):
         (row,) = re.findall(rf"^\| {kind} \|.*$", text, re.MULTILINE)

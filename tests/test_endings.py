@@ -1,4 +1,4 @@
-"""Bookkeeping never ends a run, and every ending saves: streams, signals, damaged files; and whole runs in soak."""
+"""No failed record ends a run, and every ending saves: streams, signals, damaged files; whole runs in `make soak`."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def python(code, **options):
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_ends_nothing(stream):
-    """`tee` dies of the same Ctrl-C, and the next line printed raises BrokenPipeError, or Python's exit code is 120."""
+    """`tee` ends with the same Ctrl-C. Fails if the next printed line then raises BrokenPipeError, or if Python's exit
+    code is 120."""
     code = f"""
 import sys, log
 log.outlive_terminal()
@@ -64,10 +65,11 @@ ROW = {"step": 1, "reward": 0.5, "accuracy": 0.5, "seconds": {}}
 
 
 def test_what_training_does_not_need_may_fail(log, capsys):
-    """A full disk, a removed folder or a file in its place ends a run of days in its bookkeeping."""
+    """Fails if a full disk, a removed folder or a file in its place ends a long run while it only writes its
+    records."""
     (log.dir / "samples").rmdir()
     log.lines("step_1", [{"a": 1}])
-    assert (log.dir / "samples/step_1.jsonl").read_text() == '{"a": 1}\n'  # made again where that is possible
+    assert (log.dir / "samples/step_1.jsonl").read_text() == '{"a": 1}\n'  # the folder was made again
     (log.dir / "samples/step_1.jsonl").unlink()
     (log.dir / "samples").rmdir()
     (log.dir / "samples").write_text("a file in the place of the folder")
@@ -85,7 +87,8 @@ def test_what_training_does_not_need_may_fail(log, capsys):
 
 
 def test_broken_lines_of_metrics_are_left_out(log, capsys):
-    """A power loss leaves zeros or half a line in metrics.jsonl: the run cannot go on, the curves cannot be drawn."""
+    """A power failure leaves zeros or half a line in metrics.jsonl. Fails if the run cannot be continued or the curves
+    cannot be drawn."""
     log.step(ROW)
     log.step(ROW | {"step": 2})
     log.metrics.write('\0\0\0\n{"step": 3, "rew\n[]\n' + json.dumps(ROW | {"step": 4}) + '\n{"step"')
@@ -110,7 +113,7 @@ def test_broken_lines_of_metrics_are_left_out(log, capsys):
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_signals_are_heeded_unless_they_were_ignored(signum, ignored):
-    """nohup's run ends when the terminal closes; or a closed terminal saves nothing."""
+    """Fails if a run under nohup ends when the terminal closes, or if one without nohup does not notice it."""
     code = f"""
 import os, signal, workers
 signal.signal({int(signum)}, signal.{"SIG_IGN" if ignored else "default_int_handler"})
@@ -131,7 +134,8 @@ print(stop_request.signal and stop_request.signal.name)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
-    """A machine that lost power in mid-write: the newest checkpoint is half a file, and the run cannot go on for ever."""
+    """Fails if a run can never be continued after a power failure during a write, which leaves half a file in the
+    newest checkpoint."""
     cfg = SimpleNamespace(out_dir=tmp_path, name="a", workers=2, eval_only=False, model="m", critic_model="c")
     cfg.advantage, cfg.kl_coef, cfg.kl_loss_coef = "gae", 0.0, 0.0
     said = []
@@ -153,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     assert f"step_12/policy_1.safetensors is cut short, {len(whole) - 4:,} of {len(whole):,} bytes" in said[0]
     assert "step_9/critic_0.safetensors No such file" in said[1]
     assert "step_5/critic_1.safetensors is not a whole safetensors file" in said[2]
-    cfg.advantage = "grpo"  # without a critic its files do not matter
+    cfg.advantage = "grpo"  # it has no critic, whose files then do not matter
     assert workers.newest_whole_checkpoint(cfg, log) == 9
 
 
@@ -161,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
 
 
 def test_paths_with_a_space_are_refused_before_ray(monkeypatch):
-    """Ray's Workers never come up, and nothing says why."""
+    """With a space in a path Ray's Workers never start, and nothing says why."""
     monkeypatch.setattr(launch, "ROOT", "/home/me/my project")
     with pytest.raises(UserError, match="a path has a space: move the project from '/home/me/my project'"):
         launch.start_ray(None)
@@ -173,7 +177,7 @@ def test_addresses_of_rays_client_are_refused_by_name():
 
 
 def test_the_last_line_of_rays_logs(tmp_path):
-    """Where Workers do not start, only a log in Ray's folder says why."""
+    """If Workers do not start, only a log in Ray's folder says why."""
     (tmp_path / "logs").mkdir()
     assert workers.last_line_of_logs(tmp_path) == f"nothing ({tmp_path}/logs)"
     (tmp_path / "logs/raylet.out").write_text("all is well\n")
@@ -185,13 +189,11 @@ def test_the_last_line_of_rays_logs(tmp_path):
 
 
 def in_a_terminal(command):
-    """Start a command with a terminal of its own. Returns its pid and the terminal's other end."""
+    """Start a command in a terminal of its own. Returns its pid and our end of the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
-        for signum in (
-            signal.SIGINT,
-            signal.SIGHUP,
-        ):  # The tests themselves may run in the background, or by nohup.
+        # The tests themselves may run in the background or under nohup, which ignore these signals.
+        for signum in (signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, signal.SIG_DFL)
         os.environ |= {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
         os.chdir(ROOT)
@@ -200,7 +202,7 @@ def in_a_terminal(command):
 
 
 def read_until(terminal, condition):
-    """What the terminal shows until the condition holds or its other end closes."""
+    """Read what the terminal shows until the condition holds or the other end closes."""
     os.set_blocking(terminal, False)
     shown, end = b"", time.monotonic() + DEADLINE
     while not condition() and time.monotonic() < end:
@@ -226,14 +228,14 @@ def check_saved(folder):
 
 @pytest.mark.soak
 def test_ctrl_c_on_a_pipe_into_tee(tmp_path):
-    """tee dies of the same Ctrl-C: all steps since the last checkpoint are lost."""
+    """`tee` ends with the same Ctrl-C. Fails if the steps since the last checkpoint are lost."""
     launched = f"{sys.executable} launch.py configs/tiny.py --workers=2 --critic_updates_per_step=64"
     launched += f" {' '.join(SETTINGS)} --out_dir={tmp_path} --name=a"
     pid, terminal = in_a_terminal(
         ["bash", "-c", f"{launched} 2>&1 | tee {tmp_path}/log; echo status ${{PIPESTATUS[@]}}"]
     )
     shown = read_until(terminal, lambda: finished_steps(tmp_path / "a") >= 3)
-    time.sleep(1.5)  # into the critic's updates
+    time.sleep(1.5)  # by then the critic's updates have begun
     os.write(terminal, b"\x03")
     shown += read_until(terminal, lambda: False)
     os.waitpid(pid, 0)
@@ -243,7 +245,7 @@ def test_ctrl_c_on_a_pipe_into_tee(tmp_path):
 
 @pytest.mark.soak
 def test_a_terminal_that_closes(tmp_path):
-    """A connection breaks off: SIGHUP ends the run at once, unsaved, or the next line printed does."""
+    """A connection breaks off. Fails if SIGHUP, or the next printed line, ends the run unsaved."""
     command = [sys.executable, "launch.py", "configs/tiny.py", "--workers=2", *SETTINGS]
     pid, terminal = in_a_terminal([*command, f"--out_dir={tmp_path}", "--name=a"])
     read_until(terminal, lambda: finished_steps(tmp_path / "a") >= 3)
@@ -269,7 +271,8 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.soak
 def test_a_failed_write_of_the_metrics_saves_the_networks(tmp_path):
-    """The disk of the metrics is full for a moment: the networks of that step, which are whole, are lost."""
+    """The disk is full when the metrics are written. Fails if the networks of that step, which are complete, are
+    lost."""
     arguments = ["configs/tiny.py", *SETTINGS, f"--out_dir={tmp_path}", "--name=a"]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -290,7 +293,7 @@ def test_a_failed_write_of_the_metrics_saves_the_networks(tmp_path):
 
 @pytest.mark.soak
 def test_samples_that_are_removed(tmp_path):
-    """Somebody makes room on the disk in mid-run, and the run ends unsaved."""
+    """Somebody removes samples/ during a run, to make room on the disk. Fails if that ends the run."""
     process = start(tmp_path, "--name=a", *SETTINGS, "--steps=6")
     wait_for_step(process, tmp_path / "a", 2)
     subprocess.run(["rm", "-r", tmp_path / "a/samples"], check=True)
@@ -301,7 +304,7 @@ def test_samples_that_are_removed(tmp_path):
 
 @pytest.mark.soak
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
-    """The damage is seen, and the damaged file is loaded all the same."""
+    """Fails if a damaged checkpoint is noticed, but loaded all the same."""
     arguments = ["--name=a", *SETTINGS, "--save_every=1"]
     code, out, err = run(tmp_path, *arguments, "--steps=3")
     assert code == 0, out + err
@@ -311,5 +314,5 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     assert code == 0, out + err
     assert "the checkpoint of step 3 is damaged" in out and "from step 3 of 4" in out
     assert [row["step"] for row in metrics(tmp_path / "a")] == [1, 2, 3, 4]
-    # The damaged checkpoint was made again when its step was reached: it must not count among those that are kept.
+    # The damaged checkpoint, which must not count among those that are kept, was made again when its step was reached.
     assert workers.safetensors_header(file)

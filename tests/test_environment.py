@@ -1,7 +1,7 @@
 """Broken inputs and hostile machines: each ends in one line that says what is wrong, and leaves nothing behind.
 
-One table for all, run from the command line. What is refused before torch is imported runs in `make test`, the rest in
-`make soak`. Each case guards another rule.
+All cases are in two tables and run from the command line: what is refused before torch is imported in `make test`, the
+rest in `make soak`. Each case guards another rule.
 """
 
 import json
@@ -23,7 +23,7 @@ TINY = ROOT / "data/tiny"
 
 
 def model_with(tmp, change):
-    """A copy of the demo's model in which `change(folder)` has broken something; returns the argument that names it."""
+    """A copy of the demo's model to which `change(folder)` has been applied; returns the argument that names it."""
     folder = tmp / "model"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
     change(folder)
@@ -68,7 +68,7 @@ def folder(tmp, name, *files):
 
 
 def other_run(tmp):
-    """The folder of a run with another seed, as Log makes it."""
+    """Make the folder of a run with another seed, as Log makes it."""
     out_dir = f"--out_dir={tmp}/runs"
     cfg = load([str(ROOT / "configs/tiny.py"), "--seed=7", out_dir])
     cfg.critic_model = cfg.model
@@ -89,7 +89,7 @@ def cut(file, size):
     return change
 
 
-# What is refused in about a second: arguments (a list, or a function of the test's folder), and words of the last line.
+# Cases refused in about a second: arguments (a list, or a function of the test's folder), and words of the last line.
 LIGHT = {
     "nothing at all": ([], "config file comes first"),
     "settings without a config": (["--steps=3"], "config file comes first"),
@@ -124,7 +124,7 @@ LIGHT = {
     "name with a slash": (["configs/tiny.py", "--name=a/b"], "name"),
     "two sets of one name": (
         ["configs/tiny.py", "--eval_data=data/tiny/eval.jsonl,other/eval.json"],
-        "no two of one name",
+        "no two files may have the same name",
     ),
     "no data file": (["configs/tiny.py", "--train_data=none.jsonl"], "none.jsonl"),
     "no evaluation file": (["configs/tiny.py", "--eval_data=none.jsonl"], "none.jsonl"),
@@ -154,7 +154,7 @@ LIGHT = {
         "*.safetensors",
     ),
     "no critic folder": (["configs/tiny.py", "--critic_model=./none"], "critic_model"),
-    "hub name without a connection": (["configs/tiny.py", "--model=nobody/nothing"], "the hub did not give it"),
+    "hub name without a connection": (["configs/tiny.py", "--model=nobody/nothing"], "it cannot be fetched from the hub"),
     "runs/ cannot be made": (["configs/tiny.py", "--out_dir=/proc/runs"], "--out_dir"),
     "runs/ is a file": (lambda tmp: ["configs/tiny.py", f"--out_dir={file_with('f', '')(tmp)}"], "--out_dir"),
     "a folder that is no run": (
@@ -165,7 +165,7 @@ LIGHT = {
     "an older version's run": (older_run, "begun by an older version of nanoORZ"),
 }  # fmt: skip
 
-# What only shows once transformers, Ray or vLLM have looked.
+# Cases refused only after transformers, Ray or vLLM has been imported.
 HEAVY = {
     "prompts all too long": (["configs/tiny.py", "--max_prompt_tokens=3"], "max_prompt_tokens=3"),
     "chat without a chat template": (["configs/tiny.py", "--prompt_template=chat"], "no chat template"),
@@ -175,16 +175,22 @@ HEAVY = {
         lambda tmp: [model_with(tmp, lambda f: (f / "tokenizer.json").unlink())],
         "okenizer",
     ),
-    "tokenizer cut short": (lambda tmp: [model_with(tmp, cut("tokenizer.json", 99))], "error: "),
+    "tokenizer cut short": (
+        lambda tmp: [model_with(tmp, cut("tokenizer.json", 99))],
+        "cannot read its tokenizer",
+    ),
     "no end token": (lambda tmp: [model_with(tmp, without_end_token)], "end token"),
     "tokens without weights": (
         lambda tmp: [model_with(tmp, edit_json("config.json", vocab_size=7))],
         "vocab_size=7",
     ),
-    "weights cut short": (lambda tmp: [model_with(tmp, cut("model.safetensors", 1000))], "error: "),
+    "weights cut short": (
+        lambda tmp: [model_with(tmp, cut("model.safetensors", 1000))],
+        "not a whole safetensors file",
+    ),
     "weights of another shape": (
         lambda tmp: [model_with(tmp, edit_json("config.json", hidden_size=64))],
-        "error: ",
+        "[106, 64] by config.json",
     ),
     "architecture unknown": (
         lambda tmp: [
@@ -194,7 +200,7 @@ HEAVY = {
     ),
     "heads that tensor parallel does not divide": (
         ["configs/tiny.py", "--workers=3", "--tensor_parallel=3", "--steps=1"],
-        "error: ",
+        "cannot be shared by tensor_parallel=3",
     ),
     "a Ray that does not answer": (["configs/tiny.py"], "RAY_ADDRESS=local"),
 }
@@ -224,19 +230,21 @@ def check(tmp_path, arguments, expected, **environment):
     assert last.startswith("error: ") and expected in last, out + err
     assert "Traceback" not in out + err
     assert not left_behind(process, tmp_path)
-    if process.returncode == 2:  # refused before it began: not a file more or less
+    if process.returncode == 2:  # refused before it began: there must not be one file more or less
         assert sorted(path for path in tmp_path.rglob("*")) == before
     return process.returncode
 
 
 @pytest.mark.parametrize("case", LIGHT)
 def test_refused_at_once(tmp_path, case):
+    """Each case of LIGHT ends with exit code 2 and its words in the last line, and changes no file."""
     assert check(tmp_path, *LIGHT[case]) == 2
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("case", HEAVY)
 def test_refused_after_a_look(tmp_path, case):
+    """Each case of HEAVY ends with its words in the last line, without a traceback or a process left behind."""
     with socket.socket() as free:  # a port at which nobody listens
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

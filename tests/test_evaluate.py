@@ -1,4 +1,4 @@
-"""Evaluation: avg@k, pass@k and majority@k by hand, what is right and what is rewarded, and --eval_only as a whole run."""
+"""Evaluation: avg@k, pass@k and majority@k by hand, being right versus being rewarded, and --eval_only as a whole run."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from configs.load import load
 from data.load import Prompt, Question, load_questions, read_tasks
 from packing import Batch, Sample
 
-# Of a wrong response and of a right one: by default, with partial credit, with a penalty, with a bonus, and upside down.
+# (reward of a wrong response, of a right one): by default, with partial credit, a penalty, a bonus, and the wrong way round.
 REWARDS = [(0.0, 1.0), (0.3, 1.1), (-0.5, 0.3), (1.1, 1.1), (0.3, -0.5)]
 
 
@@ -28,7 +28,7 @@ def sample(answer, reward, reason="stop", length=2, graded="by_number"):
 
 
 class Log:
-    """Keeps what the evaluation writes and shows."""
+    """A log that keeps what the evaluation writes and shows."""
 
     def __init__(self):
         self.written, self.shown = {}, []
@@ -41,7 +41,7 @@ class Log:
 
 
 def evaluate(groups_by_set, k):
-    """launch.evaluate on given responses."""
+    """The results of launch.evaluate on given responses, and the log."""
     prompts, answers = {}, {}
     for name, groups in groups_by_set.items():
         prompts[name] = [Prompt(None, Question(f"{name} {i}", "42")) for i in range(len(groups))]
@@ -62,15 +62,16 @@ def evaluate(groups_by_set, k):
     [
         ([("42", 1), ("42", 1), ("41", 0), ("40", 0)], (0.5, 1, 1)),
         ([("41", 0), ("42", 1), ("41", 0), ("40", 0)], (0.25, 1, 0)),
-        ([("41", 0), ("42", 1), ("42", 1), ("41", 0)], (0.5, 1, 0)),  # a tie: the one that came first
+        # In a tie the first answer wins the vote.
+        ([("41", 0), ("42", 1), ("42", 1), ("41", 0)], (0.5, 1, 0)),
         ([("", 0), ("", 0), ("", 0), ("42", 1)], (0.25, 1, 1)),
         ([("", 0), ("", 0), ("", 0), ("", 0)], (0, 0, 0)),
         ([("42", 0, "length"), ("42", 0, "length"), ("42", 1), ("41", 0)], (0.25, 1, 1)),
     ],
 )
 def test_scores_of_a_question(group, expected, rewards):
-    """Responses without an answer win the vote; a right answer that was once cut off counts as wrong; a reward of 0.3
-    counts as right, or as 0.3."""
+    """Fails if responses without an answer win the vote, if an answer counts as wrong in the vote because it was once
+    cut off, or if the reward decides what is right."""
     samples = [sample(*response) for response in group]
     for response in samples:
         response.reward = rewards[response.correct]
@@ -78,11 +79,12 @@ def test_scores_of_a_question(group, expected, rewards):
     result = results["math"]
     assert (result["accuracy"], result["pass_at_k"], result["majority_at_k"]) == expected
     assert result["cut_off"] == sum(len(response) > 2 for response in group) / 4
-    assert list(results) == ["math"]  # one set is the whole
+    assert list(results) == ["math"]  # a single set needs no "overall"
 
 
 def test_sets_and_questions_are_kept_apart():
-    """k is off by one and questions run into each other; "overall" weighs sets by their size; a record lost."""
+    """Fails if responses of one question count for the next, if "overall" weighs sets by their size, or if a record is
+    lost."""
     right, wrong = sample("42", 1.0, length=4), sample("41", 0.0)
     results, log = evaluate({"a": [[right, wrong], [wrong, wrong], [right, right]], "b": [[wrong, wrong]]}, 2)
     assert [results[name]["accuracy"] for name in ("a", "b", "overall")] == [0.5, 0, 0.25]
@@ -103,7 +105,8 @@ def test_sets_and_questions_are_kept_apart():
 
 
 def test_what_was_not_graded_is_reported():
-    """A grader that gives up on every answer looks like a policy that learns nothing."""
+    """A grader that gives up on every answer looks like a policy that learns nothing: its outcomes must be among the
+    metrics."""
     outcomes = "by_value cut_off no_answer no_answer refused timed_out backstop crashed".split()
     samples = [sample("42", 0.0, graded=outcome) for outcome in outcomes]
     metrics = launch.response_metrics(samples)
@@ -113,7 +116,8 @@ def test_what_was_not_graded_is_reported():
 
 @pytest.mark.parametrize("rewards", REWARDS)
 def test_metrics_go_by_the_verdict(rewards):
-    """A penalty for length or partial credit is reported as accuracy, or mixes the lengths of right and wrong responses."""
+    """Fails if a penalty for length or partial credit changes the accuracy, or mixes the lengths of right and wrong
+    responses."""
     right = [sample("42", 1, length=length) for length in (4, 6)]
     wrong = [sample("41", 0, length=length) for length in (3, 8, 10)]
     for response in right + wrong:
@@ -130,11 +134,12 @@ def test_metrics_go_by_the_verdict(rewards):
     assert Sample(0, *[np.zeros(1, np.int32)] * 3, "", "stop").correct is False  # until it is graded
 
 
-LIMIT = 38  # tokens: worked answers take 36 to 40, of which the last is the end token
+LIMIT = 38  # tokens; answers with their work take 36 to 40, the end token included
 
 
 def graded_samples():
-    """In a rank: what a Worker makes of the demo's questions where only an end token or the limit ends a response."""
+    """In a rank: what a Worker generates for the demo's questions, where only an end token or the limit ends a
+    response."""
     import torch
 
     import rollout
@@ -155,7 +160,8 @@ def graded_samples():
 
 
 def test_only_a_response_that_ended_by_itself_is_correct(tmp_path):
-    """A response that reached its answer with its last token is right once and cut off once: ORZ's rule says cut off."""
+    """A response whose answer is right may have ended by itself or have been cut off. By ORZ's rule only the first is
+    correct."""
     ((samples, answers),) = ranks.run_ranks("test_evaluate", "graded_samples", 1, tmp_path)
     seen = set()
     for response, answer in zip(samples, answers, strict=True):
@@ -170,7 +176,7 @@ def test_only_a_response_that_ended_by_itself_is_correct(tmp_path):
 
 @pytest.mark.soak
 def test_a_model_alone(tmp_path):
-    """--eval_only wants training data, trains, keeps a learner in memory, or measures differently than training."""
+    """Fails if --eval_only needs training data, trains, saves networks, or measures differently than training does."""
     lines = (ROOT / "data/tiny/eval.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("first", lines[:40]), ("second", lines[40:60])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
@@ -195,7 +201,8 @@ def test_a_model_alone(tmp_path):
 
 
 def test_metrics_of_lengths_and_reflection():
-    """The spread of right and wrong lengths mixed up, wrong responses that reflect counted, a word that is not counted."""
+    """Fails if the spreads of right and wrong lengths are mixed up, if wrong responses count as right ones that
+    reflect, or if a word is not counted."""
     words = reward.response_stats("Wait, however, recheck, retry, alternatively, wait, no")
     assert sum(words[word] for word in reward.REFLECTION) == 6
     samples = [
@@ -220,7 +227,8 @@ def test_metrics_of_lengths_and_reflection():
 
 
 def test_metrics_of_groups():
-    """A question counts as solved by another one's response, or a group of equal wrong answers is not counted as equal."""
+    """Fails if a question counts as solved by another one's response, or if a group of equal wrong answers does not
+    count as equal."""
     correct = np.array([1, 0, 0, 0, 1, 1], bool)
     batch = SimpleNamespace(correct=correct, rewards=correct.astype(np.float32))
     assert launch.group_metrics(batch, 2) == {"pass_at_n": pytest.approx(2 / 3), "equal_groups": 2 / 3}

@@ -1,4 +1,4 @@
-"""docs/forks: each patch fits today's code, stands on docs/forking.md, is clean for CI, and does what the page says."""
+"""docs/forks: each patch fits today's code, is shown in docs/forking.md, is clean for CI, and does what the page says."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from configs.load import ROOT, load
 
 PAGE = (ROOT / "docs" / "forking.md").read_text(encoding="utf-8")
 PATCHES = {path.stem: path for path in sorted((ROOT / "docs" / "forks").glob("*.patch"))}
-EIGHT = [  # of the page's table
+EIGHT = [  # the patches in the page's table
     "opo",
     "cispo",
     "format_bonus",
@@ -34,19 +34,20 @@ EIGHT = [  # of the page's table
     "lion",
     "chat_family",
 ]
-# What is no part of the project, or too large to be copied.
+# Files that are no part of the project, or too large to be copied.
 NOT_COPIED = (".git", ".venv*", "runs", "models", "orz", "__pycache__", ".*_cache", ".hypothesis")
 
 
 def apply(name, folder, *options):
-    """Whether `git apply` takes this patch in the folder."""
+    """Apply a patch in the folder with `git apply`; whether it fits."""
     done = subprocess.run(["git", "apply", *options, PATCHES[name]], cwd=folder, capture_output=True)
     return done.returncode == 0
 
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A copy of the project. Where it is a fork itself, those of the patches that it has applied are taken out."""
+    """A copy of the project. If the project is a fork itself, those patches that it has applied are taken out of the
+    copy."""
     folder = tmp_path_factory.mktemp("clean") / "project"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for name in PATCHES:
@@ -74,27 +75,28 @@ def fork(clean, tmp_path):
 
 
 def module_of(folder, file):
-    """A file of a fork, as a module; what it imports is the project's own."""
+    """A file of a fork as a module; what it imports is the project's own."""
     module = types.ModuleType(f"{Path(file).stem}_of_a_fork")
     exec(compile((folder / file).read_text(encoding="utf-8"), file, "exec"), vars(module))
     return module
 
 
 def changed_lines(patch):
-    """The lines that a patch adds and removes, without blank ones."""
+    """The lines that a patch adds and removes, without the blank ones."""
     lines = re.findall(r"^[+-](?!\+\+ |-- )(.*)$", patch, re.MULTILINE)
     return [line for line in lines if line.strip()]
 
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_patch_fits_and_is_on_the_page(name, fork, clean):
-    """The code moved on, and the patch fits nowhere, or in two places; or the page shows another one."""
+    """Fails if the code has moved on, so that a patch fits nowhere or in two places, or if the page shows another
+    patch."""
     fork(name)
     patch = PATCHES[name].read_text(encoding="utf-8")
     assert f"```diff\n{patch}```\n" in PAGE
-    for file, hunks in re.findall(
-        r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=--- |\Z)", patch, re.MULTILINE
-    ):
+    changed = re.findall(r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=--- |\Z)", patch, re.MULTILINE)
+    assert changed or "--- /dev/null" in patch  # A patch may consist of new files only.
+    for file, hunks in changed:
         source = (clean / file).read_text(encoding="utf-8")
         for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
             lines = hunk.splitlines(keepends=True)
@@ -103,7 +105,7 @@ def test_patch_fits_and_is_on_the_page(name, fork, clean):
 
 
 def test_the_table_counts_what_the_patches_change():
-    """The page says 9 lines, and the patch has grown to 30."""
+    """Fails if a patch has grown, and the page still gives the old number of lines."""
     for name in set(EIGHT) & set(PATCHES):
         patch = PATCHES[name].read_text(encoding="utf-8")
         num_lines, num_files = len(changed_lines(patch)), len(re.findall(r"^\+\+\+ ", patch, re.MULTILINE))
@@ -112,7 +114,8 @@ def test_the_table_counts_what_the_patches_change():
 
 
 def test_the_eight_together_are_clean_and_pass_the_tests_of_the_algorithm(fork):
-    """Patches that collide; a line that the formatter wraps, so that its rule is lost; a name that the linter refuses."""
+    """Fails if two patches collide, if the formatter wraps a line so that its rule is lost, or if the linter refuses a
+    name."""
     folder = fork(*EIGHT)
     ruff = Path(sys.executable).parent / "ruff"
     if ruff.exists():
@@ -129,7 +132,8 @@ def test_the_eight_together_are_clean_and_pass_the_tests_of_the_algorithm(fork):
 
 
 def test_opo(fork):
-    """Long responses weigh no more than short ones, the weights are another group's, or the advantages are fp64."""
+    """Fails if long responses weigh no more than short ones, if weights are another group's, or if advantages are
+    fp64."""
     changed = module_of(fork("opo"), "ppo.py")
     rewards, lens = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]], [[2, 5, 1], [4, 0, 3]]
     advantages = changed.GROUP_ADVANTAGES["opo"](np.array(rewards, np.float32), np.array(sum(lens, [])))
@@ -143,7 +147,7 @@ def test_opo(fork):
 
 
 def test_cispo(fork):
-    """Tokens over the clip lose their gradient, as in PPO; or the weight has one of its own."""
+    """Fails if tokens over the clip lose their gradient, as in PPO, or if the weight has a gradient of its own."""
     changed = module_of(fork("cispo"), "ppo.py")
     ratios = torch.tensor([0.5, 1.0, 1.19, 1.3, 3.0], dtype=torch.float64)
     advantages = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0], dtype=torch.float64)
@@ -168,7 +172,8 @@ FORMS = {  # response → whether it has the form
 
 
 def test_format_bonus(fork):
-    """A wrong answer in form gets nothing, a right one without form the bonus, or one that was cut off."""
+    """Fails if a wrong answer with the form gets no bonus, or if a right one without it, or a response that was cut
+    off, gets one."""
     bonus = module_of(fork("format_bonus"), "examples/bonus.py")
     for response, has_form in FORMS.items():
         for correct in (False, True):
@@ -177,7 +182,7 @@ def test_format_bonus(fork):
 
 
 def test_two_turns(fork, tmp_path):
-    """The earlier turns are left out, come after the question, or a question without them fails."""
+    """Fails if the earlier turns are left out or come after the question, or if a question without them is refused."""
     changed = module_of(fork("two_turns"), "data/load.py")
     path = Path(tiny_models.make_model(tmp_path / "model"))
     (path / "chat_template.jinja").write_text(
@@ -195,7 +200,7 @@ def test_two_turns(fork, tmp_path):
 
 
 def test_chat_family(fork):
-    """The config does not load, or an answer without tags, or with them, is not found."""
+    """Fails if the config does not load, or if an answer is not found, with or without tags."""
     folder = fork("chat_family")
     cfg = load([str(folder / "configs/smollm3.py"), f"--task={folder}/examples/boxed.py"])
     assert (cfg.prompt_template, cfg.stop, cfg.advantage) == ("chat", [], "gae")
@@ -215,7 +220,7 @@ def test_chat_family(fork):
 
 
 def test_gspo(fork, tmp_path):
-    """A ratio per token, a mean over the whole pack, or clipping by tokens."""
+    """Fails if the ratio is taken per token or over the whole pack, or if tokens are clipped one by one."""
     path = tiny_models.make_model(tmp_path / "model")
     cfg = test_ppo.settings_with(
         clip_eps=0.05, clip_eps_high=0.1, loss_average="response", policy_updates_per_step=2
@@ -249,7 +254,7 @@ def test_gspo(fork, tmp_path):
 
 
 def test_lambda_by_length(fork):
-    """The returns, whose λ is 1, change with the advantages; or a short response gets a negative λ."""
+    """Fails if the returns, whose λ is 1, change with the advantages, or if a short response gets a negative λ."""
     gae = module_of(fork("length_lambda"), "ppo.py").gae
     lengths = [30, 5, 100]
     rng = np.random.default_rng(0)
@@ -266,7 +271,7 @@ def test_lambda_by_length(fork):
 
 
 def test_batch_invariance(fork):
-    """The variable is set where there is no GPU, or nowhere."""
+    """Fails if the variable is set where there is no GPU, or is not set where there is one."""
     changed = module_of(fork("batch_invariant"), "workers.py")
     cfg = SimpleNamespace(**copy.copy(vars(test_ppo.settings_with())))
     assert changed.worker_environment(cfg, on_gpu=True)["VLLM_BATCH_INVARIANT"] == "1"

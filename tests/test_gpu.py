@@ -1,7 +1,7 @@
-"""What only a GPU does: FlashAttention, bf16, buffers, the turns of its memory, sleeping vLLM, a whole run. NOT RUN yet.
+"""What only a GPU does: FlashAttention, bf16, buffers, turns of its memory, a sleeping vLLM, a whole run. NOT RUN yet.
 
-`make gpu`, with the packages of requirements.txt. Without a GPU all are skipped; GPU_TESTS_ON_CPU=1 runs them on the CPU, as
-far as that goes, so that their own lines are tried where there is no GPU.
+`make gpu` runs them, with the packages of requirements.txt. Without a GPU they are skipped; with GPU_TESTS_ON_CPU=1 they
+run on the CPU, which cannot do all of it, so that the tests' own lines have been run.
 """
 
 import json
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 def on_this_device(function, folder, module="test_gpu", **arguments):
-    """What a function of this module, or of another, returns from a rank of its own on DEVICE."""
+    """What a function of this module, or of another one, returns from a rank of its own on DEVICE."""
     return ranks.run_ranks(module, function, 1, folder, 900, on_gpu=ON_GPU, device=DEVICE, **arguments)[0]
 
 
@@ -45,9 +45,10 @@ def apart(x, reference):
 
 @pytest.mark.parametrize("sliding_window", [None, 5])
 def test_flash_attention_of_a_pack(sliding_window):
-    """The GPU's kernel aligns a shared prompt's queries otherwise, or its window is off by one."""
+    """Fails if the GPU's kernel aligns the queries of a sample that shares a prompt differently, or if its window is
+    off by one."""
     torch.manual_seed(0)
-    # samples a and b of one question, whose prompt has 3 tokens; c of another
+    # Samples a and b answer one question, whose prompt has 3 tokens; c answers another one.
     keys = torch.tensor([*range(10), 0, 1, 2, *range(10, 14), *range(14, 25)])
     queries, lengths = torch.tensor([0, 10, 14, 25]), torch.tensor([0, 10, 17, 28])
     pack = {"key_index": keys, "cu_seqlens_q": queries, "cu_seqlens_k": lengths}
@@ -65,7 +66,7 @@ def test_flash_attention_of_a_pack(sliding_window):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """The models' paths, and test_buffers.loaded_buffers on the GPU, in bf16."""
+    """The models' paths, and test_buffers.loaded_buffers of them in bf16 on the GPU."""
     folder = tmp_path_factory.mktemp("buffers")
     paths = test_buffers.make_models(folder)
     arguments = {"paths": paths, "dtypes": [torch.bfloat16]}
@@ -73,7 +74,7 @@ def loaded(tmp_path_factory):
 
 
 def test_buffers_on_a_gpu(loaded):
-    """zero.Init rounds inv_freq to bf16 on the GPU, where its tensors are made, in spite of all that was tried on a CPU."""
+    """Fails if zero.Init rounds a buffer on the GPU, where its tensors are made, although it does not on a CPU."""
     paths, buffers = loaded
     for family, path in paths.items():
         for kind in test_buffers.KINDS:
@@ -87,7 +88,7 @@ def test_rounded_buffers_on_a_gpu_are_refused(loaded):
 
 
 def test_long_text_on_a_gpu(tmp_path):
-    """A Learner whose log-probs leave those of plain transformers as a text of 4,096 tokens goes on."""
+    """Fails if, within a text of 4,096 tokens, a Learner's log-probs drift away from those of plain transformers."""
     path, ids = test_buffers.make_long_text(tmp_path / "model")
     arguments = {"path": path, "ids": ids}
     logprobs = on_this_device("learner_logprobs", tmp_path, module="test_buffers", **arguments)
@@ -96,7 +97,8 @@ def test_long_text_on_a_gpu(tmp_path):
 
 
 def turns(path, device):
-    """Updates between which a Learner moves away and back, or stays; where its parts are while it is away."""
+    """Updates between which a Learner never moves, stays, or moves away and back, and the devices of its tensors while
+    it is away."""
     results = {}
     rng = np.random.default_rng(0)
     samples = [
@@ -191,19 +193,20 @@ def engine(path, device):
 
 
 def test_engine_and_learner(path, tmp_path):
-    """The GPU's engine samples from old weights, sleeps on its memory, or takes half a sync for a whole one."""
+    """Fails if the GPU's engine samples from old weights, keeps its memory while it sleeps, or takes half a sync for a
+    complete one."""
     result = on_this_device("engine", tmp_path, path=path)
     if ON_GPU:
         assert result["asleep"] < 3 * GIB and result["awake"] - result["asleep"] > GIB
     assert result["hash"] == result["hash again"]
     assert result["before"][1] < 0.05 and result["synced"][1] < 0.05 < result["stale"][1]
     assert "model.norm.weight" in result["without"]
-    # the proof is of the sync, not of the sender: what was sent is what is held
+    # The proof is that the engine holds what was sent, not that the right weights were sent.
     assert result["changed"] is None
 
 
 def test_demo_on_a_gpu(tmp_path):
-    """The whole of it, in bf16: a run of two steps, which goes on to four."""
+    """The whole demo in bf16: a run of two steps, which is then continued to four."""
     command = [
         sys.executable,
         "launch.py",

@@ -1,4 +1,4 @@
-"""What a GPU machine must have is missed in one line, before gigabytes are installed or networks are built."""
+"""What a GPU machine lacks is reported in one line, before gigabytes are installed or networks are built."""
 
 import os
 import re
@@ -37,7 +37,8 @@ def test_either_compiler_will_do(tmp_path, include, compiler):
 
 
 def test_compiler_that_is_missing(tmp_path, include):
-    """Triton fails in the middle of vLLM's start, an hour into a queue, with a page of text."""
+    """Fails if a missing compiler is not reported before the start: Triton would fail in the middle of vLLM's, with a
+    page of text."""
     (missing,) = gpu_machine.missing_tools({"PATH": str(tmp_path)}, include)
     assert "no C compiler (gcc or clang)" in missing and "apt-get install build-essential" in missing
     program(tmp_path / "bin", "gcc")
@@ -55,7 +56,7 @@ def test_python_h_that_is_missing(tmp_path):
 
 
 def test_drivers():
-    """A driver compared as text, by which 1000 is older than 580."""
+    """Fails if driver versions are compared as text, in which 1000 comes before 580."""
     assert [gpu_machine.old_driver(version) for version in ("580.65.06", "580", "1000.1")] == [None] * 3
     for version in ("570.124.06", "575.0", "99.1", "N/A"):
         assert f"580 or newer, not {version}" in gpu_machine.old_driver(version)
@@ -63,6 +64,7 @@ def test_drivers():
 
 
 def test_reasons_for_an_unseen_gpu():
+    """If torch sees no GPU, the message names the reason: a build without CUDA, an old driver, or neither of them."""
     assert "without CUDA" in gpu_machine.unseen_gpu("2.13.0+cpu", None, "580.1")
     assert "580 or newer, not 570.1" in gpu_machine.unseen_gpu("2.13.0", "13.0", "570.1")
     healthy = gpu_machine.unseen_gpu("2.13.0", "13.0", "580.1")
@@ -71,7 +73,7 @@ def test_reasons_for_an_unseen_gpu():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no GPU")
 def test_a_worker_says_which_node_cannot_use_its_gpu():
-    """A Worker to which Ray gives a GPU and that trains on the CPU instead, a hundred times slower."""
+    """Fails if a Worker to which Ray gives a GPU would train on the CPU instead, a hundred times slower."""
     with pytest.raises(
         RuntimeError, match=r"^node 10\.0\.0\.7 cannot use its GPU: torch .* sees no GPU"
     ) as caught:
@@ -80,7 +82,7 @@ def test_a_worker_says_which_node_cannot_use_its_gpu():
 
 
 def test_environment_of_a_worker():
-    """32 compiling processes in each Worker; minutes of compilation at the first all-reduce."""
+    """Fails if each Worker may start 32 compile processes, or if the first all-reduce may take minutes to compile."""
     for on_gpu in (False, True):
         env = workers.worker_environment(SimpleNamespace(workers=1), on_gpu)
         assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
@@ -89,13 +91,13 @@ def test_environment_of_a_worker():
 
 @pytest.mark.parametrize("driver, expected", [("570.124.06", 2), ("580.65.06", 0)])
 def test_make_asks_before_it_installs(tmp_path, driver, expected):
-    """Three gigabytes of CUDA libraries, and then a torch that sees no GPU."""
+    """Fails if three gigabytes of CUDA libraries are installed with which torch could not use this driver."""
     for file in ("Makefile", "requirements.txt", "requirements-cpu.txt"):
         shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     program(tmp_path / "bin", "nvidia-smi", f"echo {driver}")
     program(tmp_path / "bin", "gcc")
-    # A Python that does everything but make an environment: it stands for the installation.
+    # This Python does everything but make an environment; that call stands for the installation.
     program(
         tmp_path / "bin", "python", f'case "$*" in *venv*) echo VENV;; *) exec {sys.executable} "$@";; esac'
     )
@@ -112,7 +114,7 @@ def test_make_asks_before_it_installs(tmp_path, driver, expected):
 
 @pytest.mark.parametrize("wrong, words", [("/no/such/folder", "is not a folder"), ("", "has no torch")])
 def test_gpu_check_refuses_in_one_line(tmp_path, wrong, words):
-    """Ten minutes of a rented GPU, every step of which fails."""
+    """Fails if ten minutes of a rented GPU are spent on steps that must all fail."""
     program(tmp_path, "python", "exit 1")
     environment = os.environ | {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out")}
     command = ["bench/gpu_check.sh", *([wrong] if wrong else [])]
@@ -132,8 +134,9 @@ sys.exit(launch.main(sys.argv[1:]))
 @pytest.mark.soak
 @pytest.mark.parametrize("gpu_memory", ["0", "1000"])
 def test_a_run_ends_in_one_line(tmp_path, gpu_memory):
-    """The check that no Worker calls, or only after it was asked for its GPU's memory (where gpu_memory is 0)."""
-    # Ray looks at its authentication when it is imported, here before launch.py sets it.
+    """Fails if no Worker calls the check, or if it calls it only after its GPU's memory was asked for (with
+    gpu_memory=0)."""
+    # Ray reads RAY_AUTH_MODE when it is imported, here before launch.py sets it.
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "token", "CUDA_VISIBLE_DEVICES": "0"}
     arguments = ["configs/tiny.py", f"--out_dir={tmp_path}", "--name=a", f"--gpu_memory={gpu_memory}"]
     command = [sys.executable, "-c", FAKE_GPU, *arguments]
@@ -143,4 +146,4 @@ def test_a_run_ends_in_one_line(tmp_path, gpu_memory):
     assert re.match(r"error: RuntimeError: node \S+ cannot use its GPU: torch ", last), (
         done.stdout + done.stderr
     )
-    assert not any((tmp_path / "a/logs").glob("worker_*"))  # not even begun
+    assert not any((tmp_path / "a/logs").glob("worker_*"))  # no Worker has begun its log

@@ -25,7 +25,7 @@ QUICK = [
     "--max_response_tokens=48",
 ]
 STEPS = 6
-RUN = [  # of the fixture `undisturbed`: six steps of the demo on two Workers, with a checkpoint after each
+RUN = [  # for the fixture `undisturbed`: six steps of the demo on two Workers, with a checkpoint after each
     f"--steps={STEPS}",
     "--workers=2",
     "--prompts_per_step=8",
@@ -39,7 +39,7 @@ DEADLINE = 300  # seconds, ten times what a quick run takes here
 
 
 def start(tmp_path, *arguments, config="configs/tiny.py", cwd=ROOT):
-    """A run on a Ray of its own, in the background."""
+    """Start a run in the background, on a Ray of its own."""
     command = [
         sys.executable,
         str(ROOT / "launch.py"),
@@ -53,7 +53,7 @@ def start(tmp_path, *arguments, config="configs/tiny.py", cwd=ROOT):
 
 
 def finish(process, deadline=DEADLINE):
-    """Exit code, stdout and stderr; a run that hangs fails the test with what it had printed."""
+    """Exit code, stdout and stderr of a run. A run that hangs fails the test, which shows what had been printed."""
     try:
         out, err = process.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:
@@ -76,7 +76,8 @@ def without_timings(rows):
 
 
 def left_behind(process, folder):
-    """Processes that still mention the run's folder or descend from it, a minute after its end at the latest."""
+    """The processes whose command line or environment mentions the run's folder, once there is none or a minute has
+    passed."""
     deadline = time.monotonic() + 60
     while True:
         found = []
@@ -90,7 +91,7 @@ def left_behind(process, folder):
 
 
 def wait_for_step(process, folder, step):
-    """Until the run has finished that step."""
+    """Wait until the run has finished that step."""
     deadline = time.monotonic() + DEADLINE
     while not (folder / "metrics.jsonl").exists() or not any(row["step"] >= step for row in metrics(folder)):
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
@@ -100,14 +101,14 @@ def wait_for_step(process, folder, step):
 def workers_of(process):
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # It may have ended meanwhile.
+        with contextlib.suppress(psutil.Error):  # The process may have ended meanwhile.
             if "ray::Worker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
 
 def test_two_workers_learn_and_leave_everything(undisturbed):
-    """Guards the whole: two ranks, from the command to the folders, with a reward that goes up."""
+    """Guards the whole: two ranks, from the command to the folders, with an accuracy that goes up."""
     rows = metrics(undisturbed)
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[6]["eval"]["eval"]["accuracy"] > rows[0]["eval"]["eval"]["accuracy"] + 0.1
@@ -141,7 +142,7 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
 
 
 def check_exports(folder):
-    """The policy is a causal language model, the critic a backbone, for plain transformers."""
+    """Plain transformers loads the policy as a causal language model, and the critic as a backbone."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -155,7 +156,7 @@ def check_exports(folder):
     assert torch.isfinite(policy(prompt["input_ids"]).logits).all()
     sample = json.loads((folder / "samples/step_1.jsonl").read_text().splitlines()[0])
     chat = [{"role": "user", "content": sample["question"]}]
-    # What it was trained to answer is its chat template.
+    # The exported chat template gives the prompts that the policy was trained on.
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert list(ids) == sample["prompt_ids"]
@@ -174,9 +175,9 @@ def test_tensor_parallel_with_a_penalty_and_two_updates(tmp_path):
 
 
 def test_any_config_in_debug_mode(tmp_path):
-    """Guards the ablations: a config of 32 GPUs runs here in a minute, on the demo's model; this one has no critic.
+    """Guards the ablations: a config of 32 GPUs, here one without a critic, runs in a minute on the demo's model.
 
-    It is started in a folder of somebody's experiments, whose modules the Workers must leave alone.
+    It is started in a folder of somebody's experiments, whose modules the Workers must not import.
     """
     here = tmp_path / "a [folder] of mine"
     for module in ("reward", "workers", "model", "log", "data/load", "configs/load", "numpy/__init__"):
@@ -192,25 +193,27 @@ def test_any_config_in_debug_mode(tmp_path):
 
 
 def test_workers_compare_every_module_of_the_project():
-    """A new module is imported by the Workers, and another of its name on some node goes unnoticed."""
+    """Fails if the Workers import a new module that is not compared between nodes: another version of it on some node
+    would go unnoticed."""
     script = "import sys, workers, ppo, rollout, packing, data.load; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     own = set()
     for folder in (".", "configs", "data", "tools"):
         for file in (ROOT / folder).glob("*.py"):
             own.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
-    grading = {"equality", "own_task"}  # of processes that the Workers start
+    grading = {"equality", "own_task"}  # imported by the grading processes that the Workers start
     assert own & set(done.stdout.split()) | grading == set(workers.MODULES)
 
 
 @pytest.mark.soak
 def test_a_dead_worker_ends_the_run(tmp_path):
-    """Guards against waiting for ever: a Worker killed in mid-run is named, the exit code is not 0, none is left."""
+    """Guards against waiting for ever: if a Worker is killed, the error is named, the exit code is not 0, and no
+    process is left."""
     process = start(tmp_path, "--name=a", *QUICK, "--steps=1000", "--workers=2", "--max_restarts=0")
     wait_for_step(process, tmp_path / "a", 1)
     workers_of(process)[0].kill()
     code, out, err = finish(process)
-    assert code == 75, out + err  # for batch systems: try again
+    assert code == 75, out + err  # EX_TEMPFAIL tells a batch system to try again
     assert out.splitlines()[-1].startswith("error: ActorDiedError")
     assert not left_behind(process, tmp_path)
 
@@ -243,7 +246,8 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.soak
 def test_a_restart_that_finds_too_few_machines(tmp_path):
-    """Guards a week's work: a machine leaves for good, and the run that asks for it removes its folder with the checkpoints."""
+    """Guards a week's work: if a machine leaves for good, the restart that misses it must not remove the run's folder
+    with its checkpoints."""
     arguments = [
         "configs/tiny.py",
         f"--out_dir={tmp_path}",
@@ -279,7 +283,8 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_a_stale_sync_stops_the_run(tmp_path, dtype):
-    """Guards against months of sampling from old weights (TRL#5312): the next step sees it, before it trains on it."""
+    """Guards against months of sampling from old weights (TRL#5312): the next step notices it before it trains on the
+    samples."""
     arguments = [
         "configs/tiny.py",
         f"--out_dir={tmp_path}",
@@ -313,7 +318,7 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_in_one_line_before_torch(tmp_path, case):
-    """Guards the newcomer: one line with the name of what is wrong, exit code 2, nothing heavy imported for it."""
+    """Guards the newcomer: one line that names what is wrong, exit code 2, and nothing heavy imported."""
     (tmp_path / "broken.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+')
     (tmp_path / "empty.jsonl").write_text("")
     arguments, expected = BAD_INPUT[case]
@@ -331,7 +336,7 @@ def test_bad_input_ends_in_one_line_before_torch(tmp_path, case):
 
 
 def test_prompts_over_the_limit(tmp_path):
-    """Guards against silent loss: over-long prompts are counted, and a run without any left does not start."""
+    """Guards against a start on nothing: a run whose prompts are all too long ends in one line."""
     code, out, err = run(tmp_path, "--max_prompt_tokens=3")
     assert code == 2 and "max_prompt_tokens=3" in err.splitlines()[-1] and "Traceback" not in out + err
 
@@ -344,7 +349,8 @@ def test_too_many_workers(tmp_path):
 
 @pytest.mark.soak
 def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path, monkeypatch):
-    """Somebody's Python runs because a model was named; or with --trust_remote_code vLLM or the exports do without it."""
+    """Fails if a model folder's Python code runs because the model was named, or if with --trust_remote_code=True the
+    run does without that code."""
     monkeypatch.setenv("REMOTE_CODE_RAN", str(tmp_path / "ran"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
@@ -359,9 +365,9 @@ def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path, monkeypatch):
 
 
 def test_never_twice_from_the_same_checkpoint():
-    """A death that follows from the data comes back after every restart, for ever."""
+    """Guards against endless restarts: a death that is caused by the data would come back after each."""
     assert launch.may_restart([], 0, max_restarts=2)
     assert not launch.may_restart([0], 0, max_restarts=2)
     assert launch.may_restart([0], 3, max_restarts=2)
-    assert not launch.may_restart([0, 3], 5, max_restarts=2)  # two are enough
+    assert not launch.may_restart([0, 3], 5, max_restarts=2)  # both restarts are used up
     assert not launch.may_restart([], 0, max_restarts=0)

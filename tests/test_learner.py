@@ -1,6 +1,7 @@
 """The Learner on one and two ZeRO-3 ranks against plain torch: the same gradients, the same updates.
 
-All that needs DeepSpeed runs in two starts, `learner_checks` on 1 and on 2 ranks; the tests look at what came back.
+All that needs DeepSpeed runs in a few starts, `learner_checks` on 1 and on 2 ranks and `checks_in_bf16` on 2; the tests
+check what these return.
 """
 
 import copy
@@ -19,8 +20,8 @@ import ppo
 RESPONSE_LENS = [9, 4, 12, 1, 7, 0, 5, 11, 6, 3, 8, 10, 2, 7, 5, 9, 4, 6, 8, 3, 11, 5, 2, 7]
 CLIP, NO_CLIP = 0.05, 1e9  # max_grad_norm, below and above every gradient norm here
 SPLITS = (1, 2, 4, 8)
-KL_SAMPLES = [20, 3, 7, 11, 5]  # on which update_kl is measured
-VARIANTS = {  # of the policy's update: settings that differ from the defaults
+KL_SAMPLES = [20, 3, 7, 11, 5]  # the samples on which update_kl is measured
+VARIANTS = {  # variants of the policy's update: settings that differ from the defaults
     "clip higher": {"clip_eps_high": 0.4, "policy_updates_per_step": 2},
     "epochs": {"epochs_per_step": 2},
     "truncated": {"importance_cap": 1.1},
@@ -54,7 +55,7 @@ VARIANTS = {  # of the policy's update: settings that differ from the defaults
 
 
 def make_batch(path):
-    """24 samples, 3 of each question, whose values, returns and advantages reach both sides of the value clip."""
+    """24 samples, 3 for each question. Their values, returns and advantages reach both sides of the value clip."""
     rng = np.random.default_rng(0)
     plain, samples = tiny_models.plain_policy(path), []
     for i, response_len in enumerate(RESPONSE_LENS):
@@ -64,7 +65,7 @@ def make_batch(path):
         with torch.no_grad():
             logprobs = tiny_models.plain_logprobs(plain, prompt, response)[0].numpy()
         sample = packing.Sample(i // 3, prompt, response, logprobs, "", "stop")
-        sample.correct = i % 4 == 1  # This has nothing to do with the reward, which is shaped.
+        sample.correct = i % 4 == 1  # unrelated to the reward, as if that were shaped
         sample.reward = float(i % 3 == 0)
         samples.append(sample)
     batch = packing.Batch(samples)
@@ -81,7 +82,8 @@ def variant_settings(name):
 
 
 def variant_batch(batch, cfg):
-    """The batch with other rewards, and with log-probs of a sampler, an old policy and a reference that differ."""
+    """The batch with other rewards, and with log-probs of the sampler, the old policy and the reference that
+    differ."""
     rng = np.random.default_rng(5)
     changed = copy.copy(batch)
     changed.rewards = rng.integers(0, 2, len(RESPONSE_LENS)).astype(np.float32)
@@ -90,13 +92,13 @@ def variant_batch(batch, cfg):
     noise = rng.normal(0, 0.2, (3, len(batch.logprobs))).astype(np.float32)
     changed.old_logprobs = batch.logprobs + noise[0]
     changed.ref_logprobs = batch.logprobs + noise[1]
-    changed.logprobs = batch.logprobs + noise[2]  # of the sampler
+    changed.logprobs = batch.logprobs + noise[2]  # those of the sampler
     ppo.set_advantages(changed, cfg)
     return changed
 
 
 def even_plan(indices, num_packs, world_size):
-    """`indices` cut into `num_packs` packs, dealt to the ranks; a rank short of one gets an empty pack."""
+    """`indices` cut into `num_packs` packs, which are dealt to the ranks; a rank with one fewer gets an empty pack."""
     packs = [part.tolist() for part in np.array_split(np.asarray(indices), num_packs)]
     packs += [[]] * (-num_packs % world_size)
     return [packs[rank::world_size] for rank in range(world_size)]
@@ -116,7 +118,8 @@ def weights(learner):
 
 
 def gradients_of_plans(still, batch):
-    """The gradient and its norm, of the same samples in different packs. `still` has the learning rate 0."""
+    """The gradient and its norm, for the same samples in different packs. `still` is a learner with learning rate
+    0."""
     world_size, everything = torch.distributed.get_world_size(), range(len(RESPONSE_LENS))
     plans = {num_packs: even_plan(everything, num_packs, world_size) for num_packs in SPLITS}
     shuffled = np.random.default_rng(1).permutation(len(everything))
@@ -133,7 +136,7 @@ def gradient(still, batch, plan):
 
 
 def variants_of_the_policy(still, batch):
-    """The gradient and the metrics of each of VARIANTS. `still` has the learning rate 0."""
+    """The gradient and the metrics of each of VARIANTS. `still` is a learner with learning rate 0."""
     results = {}
     for name in VARIANTS:
         still.cfg, still.drift_limit = variant_settings(name), -1.0
@@ -159,13 +162,14 @@ def gradient_and_metrics(still, batch, plan):
 
 
 def spoilt_updates(learner, batch):
-    """Numbers that are not finite on one rank, and a sampler that disagrees, stop all ranks before the update."""
+    """All ranks stop before the update if one rank has numbers that are not finite, or if the sampler's log-probs
+    disagree."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     whole, results = [even_plan(range(len(RESPONSE_LENS)), 4, world_size)], {}
     few = even_plan(KL_SAMPLES, 3, world_size)
 
     def infinite(self, *arguments):
-        """A finite loss whose gradient is not: √ at 0."""
+        """A finite loss whose gradient is not finite: √ at 0."""
         loss, vectors = policy_terms(self, *arguments)
         return loss + (loss - loss.detach()).abs().clamp(min=0).sqrt() if rank == 0 else loss, vectors
 
@@ -175,7 +179,8 @@ def spoilt_updates(learner, batch):
         ("infinite gradient", None, FloatingPointError),
         ("drift", "logprobs", ppo.DriftError),
     ):
-        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")  # this call's own folder
+        # The out_dir is the folder of this call's ranks.
+        spoilt = learner("policy", max_grad_norm=CLIP, out_dir=".", name=".")
         before, good = weights(spoilt), getattr(batch, field or "logprobs")
         bad = good.copy()
         if field:
@@ -188,9 +193,8 @@ def spoilt_updates(learner, batch):
                 spoilt.update(batch, whole, 1)
         unchanged = all(torch.equal(before[key], tensor) for key, tensor in weights(spoilt).items())
         change, means, saved = None, None, None
-        if (
-            error is FloatingPointError
-        ):  # left out: the next update must know nothing of it, nor of one that is skipped
+        # An update that stopped and one that is skipped must both leave the next update as if they had not been.
+        if error is FloatingPointError:
             spoilt.cfg.on_nonfinite = "skip"
             with mock.patch.object(batch, field or "logprobs", bad):
                 with mock.patch.object(ppo.Learner, "policy_terms", terms):
@@ -206,14 +210,14 @@ def spoilt_updates(learner, batch):
 
 
 def saved_and_loaded(learner, batch):
-    """Saved after two updates and loaded by another Learner, which is then the same to the last bit."""
+    """A Learner is saved after its updates and loaded by another one, which must then be equal to the last bit."""
     world_size, results = torch.distributed.get_world_size(), {}
     for kind in ("policy", "critic"):
         first, second = (learner(kind, drift_limit=-1.0, warmup_steps=100) for _ in range(2))
         whole = [even_plan(range(len(RESPONSE_LENS)), 4, world_size)]
         plans = whole if kind == "policy" else mini_batches(world_size)
         first.update(batch, plans, 1)
-        first.save(".")  # this call's own folder
+        first.save(".")  # the folder of this call's ranks
         second.load(".")
         both = []
         for trained in (first, second):
@@ -225,9 +229,9 @@ def saved_and_loaded(learner, batch):
 
 
 def checks_in_bf16(path, batch):
-    """Gradients, updates that are left out, and saved states, in the dtype that a GPU trains in."""
+    """Gradients, skipped updates and saved states, in the dtype that a GPU trains in."""
     results, world_size = {}, torch.distributed.get_world_size()
-    ppo.KEPT_WHOLE = 40_000  # half of the weights; the others come and go
+    ppo.KEPT_WHOLE = 40_000  # half of the weights stay whole; the others are gathered when they are needed
 
     def learner(kind, **overrides):
         return ppo.Learner(kind, ranks.settings(**overrides), path, torch.device("cpu"), torch.bfloat16)
@@ -245,7 +249,9 @@ def learner_checks(path, batch):
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     everything, results = range(len(RESPONSE_LENS)), {}
     if world_size > 1:
-        ppo.KEPT_WHOLE = 40_000  # half of the weights; the others come and go
+        ppo.KEPT_WHOLE = (
+            40_000  # half of the weights stay whole; the others are gathered when they are needed
+        )
 
     def learner(kind, **overrides):
         cpu = torch.device("cpu")
@@ -261,7 +267,7 @@ def learner_checks(path, batch):
         return {name: tensor - before[name] for name, tensor in weights(trained).items()}, metrics
 
     for kind in ("policy", "critic"):
-        # Gradients of the same weights.
+        # With learning rate 0 the gradients are all those of the same weights.
         still = learner(kind, **{f"{kind}_lr": 0.0, "max_grad_norm": NO_CLIP})
         results[kind, "kept whole"] = {parameter.ds_persist for parameter in still.network.parameters()}
 
@@ -301,7 +307,7 @@ def learner_checks(path, batch):
     both = learner("policy", policy_updates_per_step=2).update(batch, whole * 2, 1)
     results["two policy updates at once"] = both
 
-    # What an update reports of its own size, and whole passes before and after it.
+    # What an update reports of its own size, and the log-probs of all samples before and after it.
     few = even_plan(KL_SAMPLES, 3, world_size)
     moving, still = learner("policy"), learner("policy", policy_lr=0.0)
     before, means = moving.forward(batch, whole[0]), moving.update(batch, whole, 1, few)
@@ -309,15 +315,15 @@ def learner_checks(path, batch):
     results["update_kl at rate 0"] = still.update(batch, whole, 1, few)["update_kl"]
     assert "update_kl" not in still.update(batch, whole, 1)
 
-    # What the report shows of some samples.
+    # What the report shows for some samples.
     results["report"] = still.token_outputs(batch, few)
 
-    # A reference model becomes the policy; saved and loaded, it is the same to the last bit.
+    # A reference model takes the policy's weights; saved and loaded, it is the same to the last bit.
     reference, loaded = learner("reference"), learner("reference")
     forwards = [moving.forward(batch, whole[0]), reference.forward(batch, whole[0])]
     reference.copy_weights(moving)
     forwards.append(reference.forward(batch, whole[0]))
-    reference.save(".")  # this call's own folder
+    reference.save(".")  # the folder of this call's ranks
     loaded.load(".")
     results["reference"] = [*forwards, loaded.forward(batch, whole[0])]
 
@@ -327,10 +333,10 @@ def learner_checks(path, batch):
 
 
 def move_away_and_back(learner):
-    """A Learner's turns of a GPU, by DeepSpeed's own moves: what stays there is not lost, nor what waits in CPU memory.
+    """A Learner leaves the GPU and comes back, by DeepSpeed's own moves, or stays; neither may lose anything.
 
-    Both places are CPU memory here. As between two devices, a move makes a copy, and what still points to the old memory
-    reads rubbish.
+    Both places are CPU memory here. As between two devices, a move makes a copy, and what still points to the old
+    memory reads NaN.
     """
     to = torch.Tensor.to
 
@@ -341,7 +347,7 @@ def move_away_and_back(learner):
 
     gpu = mock.patch.object(learner, "device", torch.device("cuda"))
     with gpu, mock.patch.object(torch.Tensor, "to", copying_to):
-        if learner.engine.global_steps % 2:  # After every other update it stays.
+        if learner.engine.global_steps % 2:  # After every other update the learner stays.
             learner.free_gathered()
             assert not learner.engine.optimizer.offloaded_states
             learner.onload()
@@ -359,7 +365,8 @@ def move_away_and_back(learner):
 
 
 def plain_updates(kind, path, samples, batch, plans, max_grad_norm, lr=1e-3):
-    """AdamW on a plain transformers model, one sample at a time: changes of the weights and gradient norms."""
+    """AdamW on a plain transformers model, one sample at a time: the change of each weight, the gradient norms, and
+    the last gradient."""
     if kind == "policy":
         network = tiny_models.plain_policy(path)
     else:
@@ -439,7 +446,7 @@ def plain_variant_gradient(path, samples, batch, cfg):
 
 
 def differences(first, second):
-    """‖Δ₁ − Δ₂‖ / ‖Δ‖ over all weights, and the largest of a single tensor."""
+    """‖Δ₁ − Δ₂‖ / ‖Δ₂‖ over all weights, and the largest such ratio of a single tensor."""
     assert first.keys() == second.keys()
     apart = {name: (first[name] - second[name]).norm().item() for name in first}
     size = {name: second[name].norm().item() for name in first}
@@ -470,8 +477,8 @@ def checks(request, path, data, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_gradient_does_not_depend_on_packs(checks, kind, path, data):
-    """Means of means: with them a gradient depends on how many packs there are, how full they are, and on how many
-    ranks. One batch in 1, 2, 4 or 8 packs, in any order, is the plain gradient over unpacked samples."""
+    """One batch in 1, 2, 4 or 8 packs, in any order, has the plain gradient over unpacked samples. With means of means
+    it would depend on the number of packs, on how full they are, and on the number of ranks."""
     plan = even_plan(range(len(RESPONSE_LENS)), 1, 1)
     _, norms, plain = plain_updates(kind, path, *data, [plan], NO_CLIP)
     assert checks[0][kind, "kept whole"] == ({True} if len(checks) == 1 else {True, False})
@@ -485,7 +492,8 @@ def test_gradient_does_not_depend_on_packs(checks, kind, path, data):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_is_its_formula(checks, name, path, data):
-    """A weight that is lost between the formula and the update, a denominator of one rank, a KL without its gradient."""
+    """Fails if a weight is lost between the formula and the update, if a denominator is that of one rank, or if a KL
+    term has no gradient."""
     samples, batch = data
     cfg = variant_settings(name)
     changed = variant_batch(batch, cfg)
@@ -493,7 +501,7 @@ def test_variant_is_its_formula(checks, name, path, data):
     plain = plain_variant_gradient(path, samples, changed, cfg)
     overall, worst = differences(gradient, plain)
     assert overall <= 1e-5 and worst <= 1e-3, (overall, worst)
-    # Without the settings the gradient is another one, or the comparison above shows nothing.
+    # Without the settings the gradient must differ; otherwise the comparison above would show nothing.
     default = ranks.settings(samples_per_prompt=3, policy_updates_per_step=cfg.policy_updates_per_step)
     for key in ("advantage", "epochs_per_step") if len(VARIANTS[name]) == 1 else ():
         setattr(default, key, getattr(cfg, key))
@@ -509,7 +517,8 @@ def test_variant_is_its_formula(checks, name, path, data):
 
 
 def test_the_reference_becomes_the_policy(checks):
-    """A reference that keeps the base model's weights where they are kept whole, or is the base model after a resume."""
+    """Fails if the reference keeps the base model's weights where they are not partitioned, or is the base model after
+    a resume."""
     policy, before, after, loaded = checks[0]["reference"]
     assert not np.array_equal(policy, before)
     assert np.array_equal(policy, after) and np.array_equal(after, loaded)
@@ -517,7 +526,7 @@ def test_the_reference_becomes_the_policy(checks):
 
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_empty_pack_adds_exactly_nothing(checks, kind):
-    """Ranks with fewer samples run empty packs: not a bit of the gradient may come from them."""
+    """Ranks with fewer samples run empty packs, which must not change the gradient by a bit."""
     without, _ = checks[0][kind, "gradient", 4]
     with_empty, _ = checks[0][kind, "gradient", "empty packs"]
     assert all(torch.equal(without[name], with_empty[name]) for name in without)
@@ -526,7 +535,8 @@ def test_empty_pack_adds_exactly_nothing(checks, kind):
 @pytest.mark.parametrize("clip", [CLIP, NO_CLIP], ids=["clipped", "not clipped"])
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_updates_equal_plain_adamw(checks, kind, clip, path, data):
-    """A gradient that is scaled, clipped or averaged wrongly over ranks: training still seems to work."""
+    """Fails if a gradient is scaled, clipped or averaged wrongly over ranks, with which training would still seem to
+    work."""
     plans = mini_batches(1) if kind == "critic" else [even_plan(range(len(RESPONSE_LENS)), 1, 1)]
     plain, norms, _ = plain_updates(kind, path, *data, plans, clip)
     changes, metrics = checks[0][kind, clip]
@@ -539,20 +549,20 @@ def test_updates_equal_plain_adamw(checks, kind, clip, path, data):
 
 
 def test_the_check_can_fail(checks, path, data):
-    """A tolerance so wide that it passes whatever is compared."""
+    """Fails if the tolerance is so wide that it accepts a skipped update, or one with a rank's gradient halved."""
     plain_policy, *_ = plain_updates("policy", path, *data, [even_plan(range(24), 1, 1)], CLIP)
     plain_critic, *_ = plain_updates("critic", path, *data, mini_batches(1), CLIP)
     assert same_update(plain_critic, plain_critic)
     assert not same_update(checks[0]["critic skipped"][0], plain_critic)
-    if (
-        len(checks) > 1
-    ):  # on one rank alone a halved gradient is another learning rate to clipping and AdamW: nothing
+    # On one rank alone clipping undoes the halving, and AdamW's step does not depend on the gradient's size.
+    if len(checks) > 1:
         assert not same_update(checks[0]["policy halved"][0], plain_policy)
         assert not same_update(checks[0]["critic halved"][0], plain_critic)
 
 
 def test_metrics_are_means_over_the_whole_update(checks, path, data):
-    """The last pack's loss, or rank 0's, reported as the step's; or the entropy of rewarded responses as that of right ones."""
+    """Fails if the last pack's loss, or rank 0's, is reported as the step's, or if `entropy_right` is that of rewarded
+    responses instead of right ones."""
     samples, batch = data
     plain = tiny_models.plain_policy(path)
     with torch.no_grad():
@@ -565,12 +575,13 @@ def test_metrics_are_means_over_the_whole_update(checks, path, data):
     assert metrics["entropy_wrong"] == pytest.approx(entropy[~right].mean(), rel=1e-5)
     assert metrics["pg_loss"] == pytest.approx(-batch.advantages.mean(), abs=1e-6)
     assert 0 < metrics["drift_mean"] < 1e-5
-    constant = {"clipfrac_low", "clipfrac_high", "approx_kl"}  # on-policy, and so not reported
+    constant = {"clipfrac_low", "clipfrac_high", "approx_kl"}  # constant on-policy, and so not reported
     assert not constant & metrics.keys()
 
 
 def test_warm_up(checks):
-    """A first update at rate 0, a warm-up counted in steps instead of updates, a rate logged that did not train."""
+    """Fails if the first update has rate 0, if warm-up is counted in steps instead of updates, or if the logged rate
+    is not the one that trained."""
     rates = [metrics["lr_policy"] for metrics in checks[0]["warm-up"][1]]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     first, full = checks[0]["first of warm-up"][0], checks[0]["policy", NO_CLIP][0]
@@ -579,7 +590,8 @@ def test_warm_up(checks):
 
 
 def test_decay(checks):
-    """The rate falls by steps that are not updates, below its end, or the critic's with the policy's."""
+    """Fails if the rate decays by steps instead of updates, falls below its final value, or takes the critic's with
+    it."""
     policy, critic = (
         [row[f"lr_{kind}"] for row in rows]
         for kind, (_, rows) in zip(("policy", "critic"), checks[0]["decay"])
@@ -589,14 +601,15 @@ def test_decay(checks):
 
 
 def test_moving_the_optimizer_changes_nothing(checks):
-    """Moments that stay behind, or fp32 weights of which DeepSpeed keeps another view."""
+    """Fails if a move leaves moments behind, or fp32 weights of which DeepSpeed keeps another view."""
     moved, still = checks[0]["moved"], checks[0]["critic", CLIP]
     assert moved[1] == still[1]
     assert all(torch.equal(moved[0][name], still[0][name]) for name in still[0])
 
 
 def test_two_policy_updates_report_their_clipping(checks, data):
-    """Clip shares of a policy that has moved, measured against the log-probs before the step."""
+    """The second update reports the clip shares of a policy that has moved, measured against the log-probs before the
+    step."""
     _, batch = data
     first, second, ratio = checks[0]["two policy updates"]
     assert first["clipfrac_low"] == first["clipfrac_high"] == 0 and abs(first["approx_kl"]) < 1e-6
@@ -606,14 +619,15 @@ def test_two_policy_updates_report_their_clipping(checks, data):
     assert second["clipfrac_low"] == pytest.approx(low.mean(), abs=1e-6)
     assert second["clipfrac_high"] == pytest.approx(high.mean(), abs=1e-6)
     assert second["approx_kl"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-3)
-    # Two updates of one step: drift is measured in the first, where vLLM has the same weights, and nothing is refused.
+    # Of two updates in one step, drift is measured in the first, where vLLM has the same weights: neither is refused.
     both = checks[0]["two policy updates at once"]
     assert both["approx_kl"] == pytest.approx((first["approx_kl"] + second["approx_kl"]) / 2, rel=1e-3)
     assert both["drift_mean"] == pytest.approx(first["drift_mean"], rel=1e-3) and second["drift_mean"] > 1e-3
 
 
 def test_update_kl(checks, data):
-    """The KL of other samples than those it was asked for, or of one rank's alone; one that rounding makes positive."""
+    """Fails if the KL is that of other samples than those asked for, or of one rank's alone, or if rounding makes it
+    positive at learning rate 0."""
     _, batch = data
     reported, before, after = checks[0]["update_kl"]
     log_ratio = np.concatenate([(after - before)[tiny_models.place(batch, i)] for i in KL_SAMPLES])
@@ -622,15 +636,15 @@ def test_update_kl(checks, data):
 
 
 def test_bad_numbers_stop_every_rank_before_the_update(checks):
-    """NaN on one rank: the others would go on and wait for ever, or all weights become NaN; or the update after one that
-    was skipped adds its gradient to the leftovers."""
+    """Fails if NaN on one rank leaves the others waiting for ever or reaches the weights, or if the update after a
+    skipped one adds its gradient to what was left."""
     for rank in checks:
         check_spoilt_updates(rank, rank["policy", CLIP][0])
         assert rank["policy", CLIP][1][0]["skipped_policy"] == 0.0
 
 
 def check_spoilt_updates(rank, clean_change):
-    """clean_change: what the same update makes of a Learner to which nothing has happened."""
+    """clean_change is what the same update changes in a Learner that has skipped none."""
     for name in ("not finite", "infinite gradient"):
         message, unchanged, change, means, saved = rank[name]
         assert "not finite" in message and "nonfinite_policy_1.npz" in message and unchanged
@@ -644,7 +658,8 @@ def check_spoilt_updates(rank, clean_change):
 
 
 def test_a_loaded_learner_is_the_saved_one(checks):
-    """A resume without AdamW's moments, with weights at work that are not those loaded, or in warm-up again."""
+    """Fails if a resume loses AdamW's moments, computes with other weights than those loaded, or starts warm-up
+    again."""
     for rank in checks:
         check_saved_and_loaded(rank)
 
@@ -667,7 +682,7 @@ def bf16(path, data, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["policy", "critic"])
 def test_gradient_in_bf16(bf16, kind, path, data):
-    """Gradients that are summed in bf16 over packs and ranks, or scaled otherwise than in fp32."""
+    """Fails if gradients are summed in bf16 over packs and ranks, or scaled differently than in fp32."""
     plan = even_plan(range(len(RESPONSE_LENS)), 1, 1)
     _, norms, plain = plain_updates(kind, path, *data, [plan], NO_CLIP)
     one_pack, _ = bf16[0][kind, "gradient", 1]
@@ -684,19 +699,20 @@ def test_gradient_in_bf16(bf16, kind, path, data):
 
 
 def test_bad_numbers_in_bf16(bf16):
-    """An update that is left out in bf16, whose gradients DeepSpeed keeps elsewhere: it forgets the fp32 ones only."""
+    """In bf16 DeepSpeed keeps gradients elsewhere. Fails if a skipped update forgets only the fp32 ones."""
     for rank in bf16:
         check_spoilt_updates(rank, rank["change"])
 
 
 def test_a_loaded_learner_in_bf16(bf16):
-    """Weights at work that are not the loaded ones, rounded to bf16."""
+    """Fails if the bf16 weights that compute are not the loaded ones, rounded to bf16."""
     for rank in bf16:
         check_saved_and_loaded(rank)
 
 
 def test_token_outputs_are_those_of_plain_transformers(checks, path, data):
-    """The report shows the entropy of another token, or doubles what two ranks add up; or it is filled outside the plan."""
+    """Fails if the report shows the entropy of another token, doubles numbers by adding up two ranks, or has numbers
+    for samples outside the plan."""
     network = tiny_models.plain_policy(path)
     samples, batch = data
     logprobs, entropies = checks[0]["report"]

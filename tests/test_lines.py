@@ -1,4 +1,4 @@
-"""`make lines` measures the code, and judges nothing."""
+"""`make lines` measures the code and fails no build."""
 
 import subprocess
 import sys

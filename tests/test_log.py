@@ -1,4 +1,4 @@
-"""Logs: every number is written as it is, valid for every reader, and no text of a model can do harm."""
+"""The log: every number is written as it is, any JSON reader can read it, and no text of a model can do harm."""
 
 import errno
 import io
@@ -76,10 +76,11 @@ def rows(path):
 
 
 def test_metrics_are_valid_json_and_keep_their_values(run):
-    """NaN in metrics.jsonl, in silence: jq and JavaScript stop there. Or a row waits in a buffer when the run is killed."""
+    """Fails if NaN is written to metrics.jsonl, where jq and JavaScript cannot read it, or if a row stays in a buffer
+    that a killed run loses."""
     run.step(METRICS)
     run.step(METRICS | {"step": 4})
-    first, second = rows(run.dir / "metrics.jsonl")  # the file is still open: what is written must be there
+    first, second = rows(run.dir / "metrics.jsonl")  # the file is still open, and both rows must be in it
     assert (first["step"], second["step"]) == (3, 4)
     assert {key: first[key] for key in METRICS} == METRICS
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -88,7 +89,8 @@ def test_metrics_are_valid_json_and_keep_their_values(run):
 
 
 def test_tensorboard_holds_the_same_numbers(run):
-    """A curve in TensorBoard is shifted by a step, or holds None as 0; a list, which is no number, ends the run."""
+    """Fails if a curve in TensorBoard is shifted by a step or shows None as 0, or if a list, which is no scalar, ends
+    the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run.step(METRICS)
@@ -103,7 +105,8 @@ def test_tensorboard_holds_the_same_numbers(run):
 
 
 def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
-    """A `$` in a data set's name is taken for mathematics and ends the run; a viewer finds half a picture."""
+    """Fails if a `$` in a data set's name is read as mathematics and ends the run, or if a viewer can find half a
+    picture."""
     from matplotlib.figure import Figure
 
     run.step({"step": 0, "eval": {"a $x_{ b": {"accuracy": 0.1}}, "seconds": {}})
@@ -113,7 +116,7 @@ def test_curves_are_drawn_and_replaced_whole(run, monkeypatch):
     assert picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB`\x82")
     run.step(METRICS | {"step": 4})
     run.curves()
-    assert (run.dir / "curves.png").read_bytes() != picture  # it grew
+    assert (run.dir / "curves.png").read_bytes() != picture  # a step was added
     picture = (run.dir / "curves.png").read_bytes()
 
     def fail(figure, path, **_):
@@ -135,7 +138,8 @@ log.Log.curves(folder)
 
 
 def test_ctrl_c_does_not_reach_the_drawing(run):
-    """The terminal sends it to every process in its foreground: the picture fails, and with it the run."""
+    """The terminal sends SIGINT to every process in its foreground. Fails if it ends the process that draws the
+    curves."""
     run.step(METRICS)
     process = subprocess.Popen(
         [sys.executable, "-c", DRAWS, str(run.dir)],
@@ -146,14 +150,15 @@ def test_ctrl_c_does_not_reach_the_drawing(run):
     while not psutil.Process(process.pid).children():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(0.2)  # it imports, and has yet to draw
+    time.sleep(0.2)  # the child is importing, and has yet to draw
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 0
     assert (run.dir / "curves.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
 def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
-    """A second evaluation set is measured for a week and never drawn; two runs in one picture cannot be told apart."""
+    """Fails if a second evaluation set is measured but never drawn, or if two runs in one picture cannot be told
+    apart."""
     from matplotlib.figure import Figure
 
     drawn = {}
@@ -169,7 +174,7 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     assert drawn["Response length (tokens)"] == ["response_tokens"]
     assert drawn["Critic"] == ["v_loss"]
     (other := run.dir.parent / "b").mkdir()
-    # A crash cut it short.
+    # A crash has cut the second line short.
     (other / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
     assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
@@ -180,7 +185,8 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     "rewards, limits", [((0.2, 0.9), (-0.02, 1.02)), ((0.2, 1.2), None), ((-5.0, -1.0), None)]
 )
 def test_curves_of_rewards_beyond_0_and_1(run, monkeypatch, rewards, limits):
-    """A task's bonus of 0.2 took the curve out of the picture where the run was at its best."""
+    """Fails if rewards outside 0 to 1 leave the picture: a task's bonus of 0.2 once hid the curve where the run was at
+    its best."""
     from matplotlib.figure import Figure
 
     axes = {}
@@ -204,7 +210,7 @@ def test_curves_of_rewards_beyond_0_and_1(run, monkeypatch, rewards, limits):
 
 
 def tables(text):
-    """The rows of all printed tables as {title: text}, each by the header above it."""
+    """The rows of all printed tables, each as {title: text} by the header above it."""
     rows, titles = [], []
     for line in text.splitlines():
         words = line.split()
@@ -216,7 +222,7 @@ def tables(text):
 
 
 def test_tables_show_what_was_measured(run, capsys):
-    """A number that does not exist is shown as 0, or a share as 0.125 beside another as 12.5%."""
+    """Fails if a number that does not exist is shown as 0, or if one share is shown as 0.125 and another as 12.5%."""
     run.step(METRICS | {"tokens_per_second": 12345.6})
     evaluation, row = tables(capsys.readouterr().out)
     assert evaluation == {"set": "math", "accuracy": "50.0%", "cut_off": "0.0%"}
@@ -239,7 +245,8 @@ def test_tables_show_what_was_measured(run, capsys):
 
 
 def test_evaluation_of_several_sets(run, capsys):
-    """The mean over all sets has no standard error: its numbers move under the titles of their neighbours."""
+    """The mean over all sets has no standard error. Fails if the numbers of its row move under the titles of their
+    neighbours."""
     scores = {
         "accuracy": 0.5,
         "pass_at_k": 1.0,
@@ -257,7 +264,7 @@ def test_evaluation_of_several_sets(run, capsys):
 
 
 def test_reward_is_shown_where_it_is_not_the_accuracy(run, capsys):
-    """The same number stands in two columns; or a shaped reward is taken for the accuracy, or not shown at all."""
+    """Fails if the same number stands in two columns, or if a shaped reward is shown as the accuracy or not at all."""
     metrics = {"step": 1, "accuracy": 1 / 3, "reward": float(np.float32(1 / 3)), "seconds": {}}
     run.step(metrics)
     run.step(metrics | {"step": 2, "reward": -0.5})
@@ -267,7 +274,7 @@ def test_reward_is_shown_where_it_is_not_the_accuracy(run, capsys):
 
 
 def test_header_comes_again(run, capsys):
-    """After a page of numbers nobody knows what they are; or after other columns the old header stays in force."""
+    """Fails if the header is not repeated after a page of numbers, or after the columns have changed."""
     metrics = {name: value for name, value in METRICS.items() if name != "eval"}
     for step in range(1, 46):
         run.step(metrics | {"step": step})
@@ -281,7 +288,8 @@ def test_header_comes_again(run, capsys):
 
 
 def test_tables_fit_the_terminal(tmp_path, capsys, monkeypatch):
-    """Rows that wrap cannot be read: a narrower terminal shows fewer columns, the most important ones."""
+    """Rows that wrap cannot be read. Fails if a row is wider than the terminal, or if a narrower one shows other
+    columns than the first, most important ones."""
     run = Log(settings(tmp_path, steps=1000, eval_samples=16))
     run.cut(0)
     large = {"accuracy": 1.0, "reward": -0.125, "response_tokens": 12345.6, "cut_off": 1.0, "tokens": 10**8}
@@ -309,7 +317,8 @@ def test_tables_fit_the_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_without_reward_shaping_fits_110_columns_whole(run, capsys):
-    """The last columns, the seconds of the learners, are cut off in the terminal that the table was made for."""
+    """Fails if the last columns, the learners' seconds, are cut off at 110 columns, the width that the table was made
+    for."""
     seconds = {"generate": 1.0, "critic": 1.0, "policy": 1.0}
     run.step(METRICS | {"accuracy": 0.25, "tokens_per_second": 1.0, "seconds": seconds, "eval": {}})
     header, _ = capsys.readouterr().out.splitlines()
@@ -317,7 +326,8 @@ def test_a_run_without_reward_shaping_fits_110_columns_whole(run, capsys):
 
 
 def test_minutes_left(run, capsys):
-    """The time before the first step counts as a step's, or a run that goes on at step 900 divides by 900."""
+    """Fails if the time before the first step counts as that of a step, or if a run that is resumed at step 900
+    divides by 900."""
     assert minutes_left(901, 1000, first_step=901, seconds_since_first=0.1) is None
     assert minutes_left(911, 1000, first_step=901, seconds_since_first=600.0) == 89.0
     assert minutes_left(1000, 1000, first_step=901, seconds_since_first=5940.0) == 0.0
@@ -328,27 +338,28 @@ def test_minutes_left(run, capsys):
 
 
 def test_drift_warning(run, capsys):
-    """vLLM and the learner part from each other, step by step, and nobody looks at the column."""
+    """Fails if no warning is printed when the drift between vLLM and the learner is over three times that of the steps
+    before, or if one is printed for less."""
     ten = [0.01] * 5 + [0.02] * 5  # the median is 0.015
     assert drift_warning(0.045, ten) is None
     assert drift_warning(0.0451, ten).startswith("DRIFT? 4.5e-02 is over three times 1.5e-02")
-    assert drift_warning(1.0, ten[1:]) is None  # too few to judge by
+    assert drift_warning(1.0, ten[1:]) is None  # nine steps are too few to judge by
     assert drift_warning(0.045, [9.0] * 90 + [0.01] * 10) is not None  # only the last ten count
     assert drift_warning(None, ten) is None
-    # Fp32's rounding: two seeds of the demo had over three times it.
+    # Differences of this size are fp32's rounding: in two seeds of the demo they rose to over three times the median.
     assert drift_warning(8e-8, [1e-8] * 10) is None
     run.step({"step": 0, "drift_mean": None, "seconds": {}})
     for step in range(1, 12):
         run.step({"step": step, "drift_mean": 0.01, "seconds": {}})
     assert "DRIFT?" not in capsys.readouterr().out
-    run.cut(11)  # a run that goes on knows the steps before
+    run.cut(11)  # a run that is continued knows the steps before
     run.step({"step": 12, "drift_mean": 0.04, "seconds": {}})
     row, warning = capsys.readouterr().out.splitlines()[-2:]
     assert row.split()[0] == "12/20" and warning.strip().startswith("DRIFT? 4.0e-02")
 
 
 def test_only_a_terminal_gets_bold_type(run, capsys, monkeypatch):
-    """Escape sequences in a log file; or an evaluation that cannot be told from the steps around it."""
+    """Fails if escape sequences are written to a log file, or if an evaluation is not in bold type on a terminal."""
     run.step(METRICS)
     assert "\x1b" not in capsys.readouterr().out
     reader, writer = os.openpty()
@@ -364,7 +375,8 @@ def test_only_a_terminal_gets_bold_type(run, capsys, monkeypatch):
 
 
 def test_first_lines_say_what_runs(run, capsys):
-    """An hour is spent on the wrong model, with a tenth of the samples, or into another folder."""
+    """Fails if the first lines do not show the model, the number of samples or the folder: an hour could be spent on
+    the wrong ones."""
     sizes = {"prompts_per_step": 64, "samples_per_prompt": 16, "max_response_tokens": 96}
     for name, value in (sizes | {"model": "some/model", "workers": 8, "tensor_parallel": 4}).items():
         setattr(run.cfg, name, value)
@@ -388,7 +400,7 @@ def test_first_lines_say_what_runs(run, capsys):
 
 
 def test_last_lines_say_what_was_reached(run, capsys):
-    """The result of a week scrolled away a day ago."""
+    """Fails if the last lines do not repeat a run's result, which may have scrolled away long before."""
     for step, accuracy in ((0, 0.1), (10, 0.3), (20, 0.25)):
         run.step({"step": step, "eval": {"a": {"accuracy": accuracy}}, "seconds": {"eval": 30.0}})
     run.cfg.eval_data = ["a.jsonl"]
@@ -398,7 +410,7 @@ def test_last_lines_say_what_was_reached(run, capsys):
     run.end("stopped by SIGTERM", 20, ["configs/tiny.py"])
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 20 of 20: 1.5 minutes of work" in out
-    assert "accuracy on a: 10.0% → 25.0%" in out and f"all of it is in {run.dir}" in out
+    assert "accuracy on a: 10.0% → 25.0%" in out and f"the results are in {run.dir}" in out
     assert "export the checkpoint of step 10" in out  # the best one
     run.cfg.steps = 0
     run.end("done", 0, ["configs/tiny.py"])
@@ -406,8 +418,8 @@ def test_last_lines_say_what_was_reached(run, capsys):
 
 
 def test_last_lines_where_another_program_called(run, capsys, monkeypatch):
-    """bench/step.py, a sweep or a notebook calls launch.main with more words than its own command has: IndexError, and a
-    run that is done ends with exit code 1."""
+    """bench/step.py, a sweep or a notebook calls launch.main with more arguments than its own command has. Fails if a
+    finished run then ends in an IndexError."""
     run.cfg.eval_data = []
     monkeypatch.chdir("/")
     argv = ["configs/tiny.py", "--steps=20", "--workers=2"]
@@ -429,7 +441,8 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("step", [0, 7, 20])
 def test_commands_can_be_given_as_they_stand(tmp_path, step):
-    """The command for what comes next has a setting that is refused, names another run, or breaks in the shell."""
+    """Fails if a printed command for the next step has a setting that is refused, names another run, or breaks in the
+    shell."""
     argv = [str(ROOT / "configs/tiny.py"), f"--out_dir={tmp_path}", *ARGUMENTS]
     cfg = load(argv)
     commands = dict(next_commands(cfg, ["python", "launch.py"], argv, step, checkpoint=step or None))
@@ -470,7 +483,7 @@ QUESTION = Question(NASTY, "7")
 
 
 def test_samples_keep_every_character(run):
-    """A response with a line break, a null byte or half a character breaks the file or ends the run."""
+    """Fails if a response with a line break, a null byte or half a surrogate pair breaks the file or ends the run."""
     run.lines("step_3", [sample(NASTY + "\n").line, sample("\u2028").line])
     first, second = rows(run.dir / "samples" / "step_3.jsonl")
     expected = {"question": NASTY, "answer": "7", "prompt_ids": [1, 2], "response_ids": [3]}
@@ -480,7 +493,7 @@ def test_samples_keep_every_character(run):
 
 
 def test_terminal_is_safe(run, capsys):
-    """A response clears the screen, renames the window, or reverses the line, and hides what was there."""
+    """Fails if a response can clear the screen, rename the window, or reverse the direction of the line."""
     run.show(QUESTION, sample(NASTY))
     shown = capsys.readouterr().out
     assert "\\x1b[2J" in shown and "\\x00" in shown and "\\ud800" in shown and "the answer is 7" in shown
@@ -489,7 +502,8 @@ def test_terminal_is_safe(run, capsys):
 
 
 def test_terminal_without_unicode(tmp_path, monkeypatch):
-    """LANG=C on a cluster: the first ε in a response ends a run of a week with a UnicodeEncodeError."""
+    """With LANG=C, as on some clusters, stdout is ASCII. Fails if the first ε in a response ends the run with a
+    UnicodeEncodeError."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     run = Log(settings(tmp_path))
@@ -510,7 +524,8 @@ for step in (1, 2, 3):
 
 
 def test_output_that_nobody_reads(tmp_path):
-    """`| head`, or a terminal that was closed: the next line that is printed ends a run of a week."""
+    """Nobody reads the output after `| head`, or when the terminal has been closed. Fails if the next printed line
+    ends the run."""
     command = [sys.executable, "-c", READ_BY_NOBODY, str(tmp_path)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -523,7 +538,7 @@ def test_output_that_nobody_reads(tmp_path):
 
 
 def rewards(smallest, largest):
-    """The metrics of a step with these rewards, half of the responses each."""
+    """The metrics of a step with these smallest and largest rewards; half of the responses have each."""
     return {"reward": (smallest + largest) / 2, "reward_min": smallest, "reward_max": largest}
 
 
@@ -543,7 +558,8 @@ def rewards(smallest, largest):
     ],
 )
 def test_collapse_is_called_by_name(run, capsys, change, name):
-    """A policy that says one thing for ever looks like any other line of numbers."""
+    """Fails if no warning is printed for a policy that has collapsed, whose row looks like any other, or if one is
+    printed for a healthy policy."""
     run.step(METRICS | {"entropy": 0.5, "cut_off": 0.1} | change)
     last = capsys.readouterr().out.splitlines()[-1]
     assert ("COLLAPSE? " + name in last) if name else ("COLLAPSE" not in last)
@@ -553,27 +569,27 @@ def test_collapse_is_called_by_name(run, capsys, change, name):
 
 
 def test_folder_holds_the_settings(run):
-    """Nobody knows any more what a run was started with."""
+    """Fails if a run's folder does not record the settings that it was started with."""
     assert json.loads((run.dir / "config.json").read_text())["seed"] == 1
 
 
 def test_existing_folder_is_left_alone(tmp_path):
-    """A folder that is no run, or another run of the same name: its files are written into."""
+    """Fails if files are written into a folder that is not a run, or that is another run of the same name."""
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
     assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["thesis.tex"]
-    # Somebody's curve, to draw beside others.
+    # The folder holds somebody's curve, to be drawn beside others.
     (tmp_path / "runs/a/thesis.tex").rename(tmp_path / "runs/a/metrics.jsonl")
     with pytest.raises(UserError, match="is no run: choose another --name"):
         Log(settings(tmp_path))
-    # What a crash leaves that came before the settings were written.
+    # This is what a crash leaves that came before the settings were written.
     (tmp_path / "runs/a/metrics.jsonl").write_text("")
     Log(settings(tmp_path, seed=1, steps=3)).metrics.close()
     with pytest.raises(UserError, match="is a run with seed=1: choose another --name"):
         Log(settings(tmp_path, seed=2, steps=4))
-    Log(settings(tmp_path, seed=1, steps=4)).metrics.close()  # longer is the same run
+    Log(settings(tmp_path, seed=1, steps=4)).metrics.close()  # with more steps it is the same run
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["steps"] == 4
 
 
@@ -591,21 +607,21 @@ def recorded(folder, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (None, "begun by an older version of nanoORZ (its git commit is not recorded)"),  # as it was stored
+        (None, "begun by an older version of nanoORZ (its git commit is not recorded)"),  # OLD_RUN unchanged
         ({"run_version": RUN_VERSION - 1}, "begun by an older version of nanoORZ (git commit abc123)"),
         ({"run_version": RUN_VERSION + 1}, "begun by another version of nanoORZ (git commit abc123)"),
-        (
-            {"eval_top_p": None},
-            "begun by another version of nanoORZ (git commit abc123)",
-        ),  # base.py gained one
-        ({"value_norm": True}, "begun by another version of nanoORZ (git commit abc123)"),  # base.py lost one
+        # base.py gained a setting.
+        ({"eval_top_p": None}, "begun by another version of nanoORZ (git commit abc123)"),
+        # base.py lost a setting.
+        ({"value_norm": True}, "begun by another version of nanoORZ (git commit abc123)"),
         ({"run_version": None, "seed": 7}, "begun by an older version of nanoORZ"),  # not "a run with seed=7"
         ({"seed": 7}, "is a run with seed=7"),
         ({}, None),
     ],
 )
 def test_run_of_another_version_is_refused(tmp_path, changes, words):
-    """An older run goes on under settings that it never had, or ends in a KeyError or in a riddle: "with seed=None"."""
+    """Fails if an older version's run is continued under settings that it never had, or ends in a KeyError or in a
+    message such as "with seed=None"."""
     cfg = load([str(ROOT / "configs/tiny.py"), f"--out_dir={tmp_path}", "--name=a"])
     if changes is None:
         shutil.copytree(OLD_RUN, tmp_path / "a")
@@ -626,7 +642,7 @@ def test_run_of_another_version_is_refused(tmp_path, changes, words):
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7", "\x00"])
 def test_settings_that_cannot_be_read(tmp_path, text):
-    """config.json was edited by hand, or is another program's: a traceback."""
+    """Fails if a config.json that was edited by hand, or belongs to another program, ends in a traceback."""
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/config.json").write_text(text)
     with pytest.raises(
@@ -636,7 +652,7 @@ def test_settings_that_cannot_be_read(tmp_path, text):
 
 
 def test_folder_holds_the_version(run):
-    """Nobody knows which code began a run, and its folder cannot be told from one of later code."""
+    """Fails if a run's folder does not record which version of the code began it."""
     found = json.loads((run.dir / "config.json").read_text())
     assert found["run_version"] == RUN_VERSION
     head = subprocess.run(
@@ -647,14 +663,15 @@ def test_folder_holds_the_version(run):
 
 
 def test_one_process_at_a_time(run, tmp_path):
-    """The same command started twice: two runs write into the same files; or the second leaves its settings there."""
+    """Fails if the same command, started twice, makes two runs write into the same files, or if the second one's
+    settings are saved."""
     with pytest.raises(UserError, match="another process is at work in it"):
         Log(settings(tmp_path, steps=9))
     assert json.loads((run.dir / "config.json").read_text())["steps"] == 20
 
 
 def test_only_a_new_folder_is_discarded(run, tmp_path):
-    """A run that failed leaves its evidence; the next try finds too few machines and removes it."""
+    """Fails if a second attempt removes the folder of a failed run, and its evidence, because it is refused itself."""
     (run.dir / "nonfinite_policy_1.npz").write_bytes(b"evidence")
     run.metrics.close()
     again = Log(settings(tmp_path))
@@ -670,7 +687,7 @@ def test_only_a_new_folder_is_discarded(run, tmp_path):
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/step_1/policy_0.safetensors", "error.txt"])
 def test_a_run_that_has_begun_is_not_discarded(run, file):
-    """A machine leaves, the restart finds too few of them, and a week's run is removed along with its checkpoints."""
+    """Fails if a restart that finds too few machines removes the folder of a run, with its checkpoints."""
     assert run.new
     (run.dir / file).parent.mkdir(parents=True, exist_ok=True)
     (run.dir / file).write_text("{}\n")
@@ -679,7 +696,8 @@ def test_a_run_that_has_begun_is_not_discarded(run, file):
 
 
 def test_cut_forgets_what_came_after(run):
-    """A step that is made again stands twice in metrics.jsonl or TensorBoard, or a crash in mid-line stops the resume."""
+    """Fails if a step that is made again is in metrics.jsonl or TensorBoard twice, or if half a line, left by a crash,
+    stops the resume."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step in range(5):
@@ -700,18 +718,19 @@ def test_cut_forgets_what_came_after(run):
         (3, 0.3),
         (4, 0.9),
     ]
-    run.cut(0)  # nothing was saved: from the beginning
+    run.cut(0)  # nothing was saved: the run starts from the beginning
     assert rows(run.dir / "metrics.jsonl") == []
 
 
 def test_best_checkpoint(run):
-    """The checkpoint with the best evaluation is deleted, or one that was never evaluated is kept for it."""
+    """Fails if the checkpoint with the best evaluation is deleted, or if one that was never evaluated is kept in its
+    place."""
     for step, accuracy in ((2, 0.3), (4, 0.6), (6, 0.5), (8, 0.9)):
         run.step(METRICS | {"step": step, "eval": {"a": {"accuracy": accuracy}, "b": {"accuracy": 0.1}}})
     run.step({name: value for name, value in METRICS.items() if name != "eval"} | {"step": 9})
     assert run.best([2, 4, 6, 9]) == 4
     assert run.best([9]) is None
-    # a data set more, and one less: it is the mean that counts, and nothing evaluated is no evaluation
+    # With a data set more or fewer it is the mean that counts; a step whose "eval" is empty was not evaluated.
     run.step(METRICS | {"step": 10, "eval": {name: {"accuracy": 0.3} for name in "abc"}})
     run.step(METRICS | {"step": 12, "eval": {}})
     assert run.best([4, 10, 12]) == 4
@@ -719,14 +738,14 @@ def test_best_checkpoint(run):
 
 
 def test_no_folder_can_be_made(tmp_path):
-    """out_dir is a file, or lies on a disk that is read-only: a traceback."""
+    """Fails if an out_dir that lies inside a file ends in a traceback."""
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match="cannot write to .*Not a directory; choose an --out_dir"):
         Log(settings(tmp_path))
 
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    """The folder was made, its first file was not: the next try says that the run exists already."""
+    """Fails if a folder stays behind whose first file could not be written: the next attempt would be refused."""
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -21,7 +21,8 @@ def folder(request, tmp_path_factory):
 
 
 def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12), (9, 8), (3, 0), (9, 4))):
-    """Samples of (prompt, response) tokens; some longer than the sliding window; prompts of one length are the same."""
+    """Samples with prompts and responses of these lengths, some longer than the sliding window; prompts of one length
+    are the same."""
     rng = np.random.default_rng(0)
     samples, prompts = [], {}
     for prompt_len, response_len in lengths:
@@ -33,7 +34,7 @@ def random_batch(lengths=((3, 7), (1, 1), (9, 2), (4, 0), (2, 12), (9, 8), (3, 0
 
 
 def gradients(network):
-    """By the names of the Hugging Face folder; a parameter that took no part has a gradient of 0."""
+    """Gradients by the parameter names of the Hugging Face folder; 0 for a parameter that has none."""
     return {
         name.removeprefix("hf."): torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in network.named_parameters()
@@ -52,8 +53,9 @@ def assert_same_gradients(first, second):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkpointing, monkeypatch):
-    """Samples of a pack that see each other, positions that run on, a shared prompt that gets one sample's gradient, a
-    tied head whose gradient is lost in one of its two places, a temperature that the gradient forgets."""
+    """Fails if samples of a pack see each other, if positions run on from one to the next, if a shared prompt gets the
+    gradient of one sample only, if a tied head loses the gradient of one of its two uses, or if the gradient ignores
+    the temperature."""
     monkeypatch.setattr(model, "MAX_LOGITS", 5 * tiny_models.VOCABULARY)  # several chunks
     samples, batch = random_batch()
     order = [3, 7, 1, 4, 0, 2, 6, 5]
@@ -76,7 +78,7 @@ def test_packed_policy_equals_one_sequence_at_a_time(folder, temperature, checkp
 
 
 def test_packed_critic_equals_one_sequence_at_a_time(folder):
-    """A value read one token late, which is the value after the action that it should judge."""
+    """Fails if a value is read one token late, as the value after the action that it should judge."""
     samples, batch = random_batch()
     critic = model.load_network("critic", folder, torch.float32, seed=3)
     order = [2, 6, 0, 3, 5, 7, 4, 1]
@@ -94,8 +96,10 @@ def test_packed_critic_equals_one_sequence_at_a_time(folder):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
-    """[N, V] logits in full are 33 GB for 55,000 tokens of Qwen's vocabulary; chunks must change no value or gradient."""
-    num_tokens, hidden_size, vocabulary, chunk = 37, 4, 97, 5  # H < chunk: Wᵀ is smaller than a chunk
+    """[N, V] logits for 55,000 tokens of Qwen's vocabulary take 33 GB; computing them in chunks must change no value
+    or gradient."""
+    # With hidden_size < chunk, Wᵀ is smaller than a chunk.
+    num_tokens, hidden_size, vocabulary, chunk = 37, 4, 97, 5
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size)
     weight, offset = torch.randn(vocabulary, hidden_size), torch.randn(vocabulary) if bias else None
@@ -130,14 +134,14 @@ def test_logprobs_without_all_logits(bias, temperature, monkeypatch):
     monkeypatch.setattr(model, "MAX_LOGITS", chunk * vocabulary)
     with Watch():
         chunked = run(ours)
-    assert largest == chunk * vocabulary  # seen at work, and never more than a chunk
+    assert largest == chunk * vocabulary  # whole chunks of logits were made, and nothing larger
     for a, b, c in zip(expected, whole, chunked):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(c, a, atol=1e-5, rtol=1e-5)
 
 
 def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
-    """0 · NaN and 0 / 0: a rank with no work must not spoil the others' update."""
+    """Fails if a rank without work adds 0 · NaN or 0 / 0 to the others' update."""
     _, batch = random_batch()
     for network in (
         model.load_network("policy", folder, torch.float32),
@@ -151,7 +155,8 @@ def test_empty_pack_adds_exactly_nothing_to_any_gradient(folder):
 
 
 def test_policy_folder_round_trip(folder, tmp_path):
-    """Names or a tied head that are lost on the way out: the exported policy must be the trained one, for anyone."""
+    """Fails if a name or a tied head is lost on saving: everybody who loads the exported policy must get the trained
+    one."""
     policy = model.load_network("policy", folder, torch.float32)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -172,7 +177,7 @@ def test_policy_folder_round_trip(folder, tmp_path):
 
 
 def test_critic_folder_round_trip(folder, tmp_path):
-    """A critic that comes back with a fresh value head: training goes on, from nothing."""
+    """Fails if a saved critic is loaded with a fresh value head."""
     critic = model.load_network("critic", folder, torch.float32, seed=1)
     with torch.no_grad():
         for parameter in critic.parameters():
@@ -192,7 +197,7 @@ def test_critic_folder_round_trip(folder, tmp_path):
 
 
 def test_fresh_value_head_is_seeded(folder):
-    """A head that differs between ranks or runs: training that cannot be repeated."""
+    """Fails if a fresh head differs between ranks or runs, so that training cannot be repeated."""
     heads = [
         model.load_network("critic", folder, torch.float32, seed=seed).value_head.weight for seed in (1, 1, 2)
     ]
@@ -201,7 +206,7 @@ def test_fresh_value_head_is_seeded(folder):
 
 
 def test_code_in_a_model_folder(tmp_path, monkeypatch):
-    """A model from the hub runs its author's Python on the cluster because somebody named it."""
+    """Fails if a model's own Python code runs only because somebody named the model."""
     monkeypatch.setenv("REMOTE_CODE_RAN", str(tmp_path / "ran"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     samples, batch = random_batch()
@@ -222,7 +227,7 @@ def test_code_in_a_model_folder(tmp_path, monkeypatch):
 
 
 def test_options_of_both_torch_versions():
-    """torch 2.11's varlen_attn has no enable_gqa, torch 2.13's refuses grouped heads without it."""
+    """torch 2.11's varlen_attn has no enable_gqa; torch 2.13's refuses grouped heads without it."""
 
     def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         pass
@@ -231,5 +236,5 @@ def test_options_of_both_torch_versions():
     installed = {"scale": 0.5, "window_size": (4, 0), "enable_gqa": True}
     assert model.varlen_options(varlen_attn, 0.5, True, 5) == installed
     assert model.varlen_options(varlen_attn, 0.5, False, 5) == installed | {"enable_gqa": False}
-    # every option is one that this torch has
+    # The installed torch has all of these options.
     inspect.signature(varlen_attn).bind(*"qkvabcd", **installed)

@@ -1,4 +1,4 @@
-"""Model folders: what cannot be trained is refused before Ray starts, in one line that names the folder and the way out."""
+"""Model folders that cannot be trained are refused before Ray starts, in one line that names the folder and the way out."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def edit_tensors(folder, edit):
 
 
 def make_critic(folder, name=VALUE_HEAD, shape=(1, 128)):
-    """Turn a policy's folder into a critic's, whose head has this name and shape."""
+    """Turn a policy's folder into a critic's, with a value head of this name and shape."""
     head = torch.arange(shape[0] * shape[1], dtype=torch.float32).reshape(shape)
 
     def edit(tensors):
@@ -53,7 +53,7 @@ def make_critic(folder, name=VALUE_HEAD, shape=(1, 128)):
 
 
 def judge(policy=ROOT / "data/tiny", critic="", **settings):
-    """What a run with these folders says before Ray starts. Raises UserError where it is refused."""
+    """What a run with these folders prints before Ray starts. Raises UserError if it is refused."""
     said = []
     cfg = ranks.settings(**{"max_prompt_tokens": 32, "max_response_tokens": 96} | settings)
     cfg.model = local_model(str(policy), "model")
@@ -74,7 +74,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 def split(folder, weight_map):
-    """Turn the weights into the first of two shards, beside an index with this weight_map if there is one."""
+    """Turn the weights into the first of two shards, and write an index with this weight_map unless it is None."""
     (folder / "model.safetensors").rename(folder / FIRST)
     if weight_map:
         (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -112,9 +112,9 @@ BROKEN = {
         lambda f: (f / "model.safetensors").write_text("<!doctype html><html>Sign in</html>"),
         "model.safetensors is not a whole safetensors file",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), "nor a folder of config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "nor a folder with config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable as JSON"),
-    "a list as config": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no settings"),
+    "a list as config": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "broken generation_config": (
         lambda f: (f / "generation_config.json").write_text('{"eos'),
         "generation_config.json is not readable as JSON",
@@ -193,10 +193,11 @@ def refusal(**folders):
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_folder_is_refused(case, tmp_path):
-    """A fault of the folder ends in an exception of some library after Ray has started, or trains random weights."""
+    """Fails if a broken folder is noticed only by an exception of some library after Ray has started, or trains random
+    weights."""
     spoil, words = BROKEN[case]
     folder = demo_folder(tmp_path / "model")
-    judge(policy=folder)  # else the next lines prove nothing
+    judge(policy=folder)  # accepted while it is whole; otherwise the refusal would prove nothing
     spoil(folder)
     message = refusal(policy=folder)
     assert words in message and message.startswith(f"model='{folder}': "), message
@@ -204,7 +205,8 @@ def test_broken_folder_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize("case", BROKEN.keys() - POLICY_ONLY)
 def test_the_critics_folder_is_judged_as_the_policys(case, tmp_path):
-    """Only the policy is looked at: the critic has no drift check at all, and would train on what it could find."""
+    """Fails if only the policy's folder is checked. The critic has no drift check, so it would train on whatever was
+    loaded."""
     spoil, words = BROKEN[case]
     folder = demo_folder(tmp_path / "model")
     judge(critic=folder)
@@ -217,14 +219,16 @@ def test_the_critics_folder_is_judged_as_the_policys(case, tmp_path):
 
 
 def test_critic_of_another_vocabulary(tmp_path):
-    """The critic's folder numbers its tokens otherwise: it would read other texts than the policy writes."""
+    """Fails if a critic whose tokenizer numbers tokens differently is accepted: it would read other texts than the
+    policy writes."""
     folder = demo_folder(tmp_path / "model")
     rename_token(folder)
     assert "token '1' is " in refusal(critic=folder)
 
 
 def test_what_only_evaluation_needs(tmp_path):
-    """vLLM can measure what cannot be trained here: refusing it would be for nothing."""
+    """Fails if evaluation alone refuses a model that vLLM can run but the learner cannot train, or if it checks no
+    lengths."""
     folder = demo_folder(tmp_path / "model")
     edit_config(folder, layer_types=["full_attention"] * 3 + ["linear_attention"])
     judge(policy=folder, eval_only=True)
@@ -239,7 +243,7 @@ def refusal_of_length(folder):
 
 # ---- Architectures, by their configuration alone ---------------------------------------------------------------------
 
-# name of transformers' configuration class → (settings, what the refusal must name; None where it is accepted)
+# name of transformers' configuration class → (settings, what the refusal must name, or None if it is accepted)
 STATE, EXPERTS = "carry a state from token to token", "a mixture of experts"
 CONFIGS = {
     "Qwen3_5TextConfig": ({}, "layer_types hold linear_attention"),
@@ -283,8 +287,8 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_architectures_by_configuration_alone(name):
-    """A learner whose packs are another network than the one that samples, by 0.1 to 0.6 nats: in bf16 that may stay below
-    the drift limit, and for a critic nothing measures it."""
+    """Fails if an architecture is accepted whose learner would compute log-probs that differ from the sampler's by 0.1
+    to 0.6 nats. In bf16 that may stay below the drift limit, and nothing measures it for a critic."""
     settings, words = CONFIGS[name]
     config = getattr(transformers, name)(**settings)
     if words is None:
@@ -298,7 +302,8 @@ def test_architectures_by_configuration_alone(name):
 
 
 def test_attention_sinks_are_refused(tmp_path):
-    """The attention over packs leaves them out; no setting tells of them, only the names of parameters do."""
+    """Fails if a model with attention sinks is accepted: the attention over packs leaves them out. No setting mentions
+    them; only the names of parameters do."""
     path = tmp_path / "model"
     tiny_models.make_model(path, transformers.GraniteSWAConfig, pad_token_id=None)
     assert "it cannot be trained here: it has attention sinks (model.layers.0.self_attn.sinks)" in refusal(
@@ -310,11 +315,11 @@ def test_attention_sinks_are_refused(tmp_path):
         network(packing.make_pack(batch, range(4), torch.device("cpu")))
 
 
-# Architectures that are accepted, of transformers' configuration classes.
+# Architectures that are accepted, as the names of transformers' configuration classes without "Config".
 ACCEPTED = """Apertus Arcee DiffLlama Ernie4_5 Exaone4 Gemma Gemma3Text Glm Glm4 GPT2 GPTBigCode GPTNeoX Granite Helium
     HunYuanDenseV1 HyperCLOVAX Jais2 Llama Ministral Mistral Olmo Olmo2 Olmo3 OPT Persimmon Phi Phi3 Qwen2 Qwen3 SeedOss
     SmolLM3 Starcoder2""".split()
-# Folders that are refused, with what a small model of them needs.
+# Architectures that are refused, with the settings that a small model of each needs.
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -342,7 +347,8 @@ REFUSED = {
 
 
 def small_model(path, kind):
-    """A small random model of an architecture, with whichever of these settings its configuration takes."""
+    """A small random model of an architecture, made with the first of these settings that its configuration
+    accepts."""
     attempts = [{}, {"pad_token_id": None}, {"pad_token_id": 0, "head_dim": 32}]
     if kind is transformers.HeliumConfig:
         attempts = [{"head_dim": 32}]
@@ -357,7 +363,7 @@ def small_model(path, kind):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_architectures_are_right(name, tmp_path):
-    """An architecture whose packs are another network is accepted: the log-probs of each response in a pack against
+    """Fails if an accepted architecture computes other log-probs in a pack. Each response in a pack is compared with
     transformers' own forward of its sample alone."""
     kind = getattr(transformers, f"{name}Config")
     path = small_model(tmp_path / "model", kind)
@@ -377,7 +383,8 @@ def test_accepted_architectures_are_right(name, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", REFUSED)
 def test_folders_of_other_architectures_are_refused(name, tmp_path):
-    """What the configuration of a folder on disk says is lost on the way: it holds only what differs from defaults."""
+    """Fails if an architecture is recognised only in memory: config.json on disk holds only the settings that differ
+    from the defaults."""
     path = tmp_path / "model"
     tiny_models.make_model(path, getattr(transformers, name), hidden=128, padding=1, **REFUSED[name])
     assert "cannot be trained here" in refusal(policy=path)
@@ -391,8 +398,8 @@ def test_folders_of_other_architectures_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 128), (8, 16), (128, 1)])
 def test_a_saved_head_is_read(shape, tmp_path):
-    """A head of ORZ's shape ends the run with the sizes of two tensors, of which it says no name; a folder with brackets in
-    its name is taken for a pattern, and the trained head is left out in silence."""
+    """Fails if a head of another shape, such as ORZ's, ends the run; or if brackets in a folder's name are read as a
+    pattern, so that the trained head is not found."""
     folder = demo_folder(tmp_path / "run[lr=1e-6] critic")
     make_critic(folder, shape=shape)
     said = judge(critic=folder)
@@ -403,7 +410,7 @@ def test_a_saved_head_is_read(shape, tmp_path):
 
 @pytest.mark.parametrize("name", ["score.weight", "v_head.summary.weight"])
 def test_a_head_by_another_name_is_said_to_be_left_out(name, tmp_path):
-    """Other tools give the head another name: a trained critic starts with a random head, without a word."""
+    """Other tools name the head differently. Fails if such a critic starts with a random head without a message."""
     folder = demo_folder(tmp_path / "critic")
     make_critic(folder, name=name)
     (said,) = judge(critic=folder)
@@ -411,7 +418,7 @@ def test_a_head_by_another_name_is_said_to_be_left_out(name, tmp_path):
 
 
 def test_a_bias_of_the_head_is_said_to_be_left_out(tmp_path):
-    """The values of a critic that was trained with a bias are shifted, without a word."""
+    """Fails if a critic that was trained with a bias loses it, so that its values are shifted, without a message."""
     folder = demo_folder(tmp_path / "critic")
     make_critic(folder)
     edit_tensors(folder, lambda tensors: tensors.update({"value_head.bias": torch.ones(1)}))
@@ -420,15 +427,16 @@ def test_a_bias_of_the_head_is_said_to_be_left_out(tmp_path):
 
 
 def test_tensors_without_a_place_are_said(tmp_path):
-    """config.json names fewer layers than the folder holds: the policy is another, smaller model, without a word."""
+    """Fails if config.json names fewer layers than the folder holds, and the smaller model is trained without a
+    message."""
     folder = demo_folder(tmp_path / "model")
     edit_config(folder, num_hidden_layers=3)
     (said,) = judge(policy=folder)
-    assert "no place for tensors that are in the folder: model.layers.3." in said and said.endswith(" more")
+    assert "tensors that the policy does not use: model.layers.3." in said and said.endswith(" more")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    """A link to nothing in the hub's cache, whose download broke off: a traceback."""
+    """Fails if a dangling link ends in a traceback; the hub's cache has one where a download broke off."""
     folder = demo_folder(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(tmp_path / "blob")
@@ -436,7 +444,8 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_a_base_model_as_critic_has_no_head_to_leave_out(tmp_path):
-    """The policy's output head is named as if a value head had been lost."""
+    """Fails if the message about a base model's fresh value head names the output head, as if a value head had been
+    lost."""
     folder = demo_folder(tmp_path / "base")
     (said,) = judge(critic=folder)
     assert said.endswith("so the critic's head starts fresh")
@@ -450,7 +459,7 @@ def test_a_head_of_another_width_is_refused(tmp_path):
 
 # ---- generation_config.json ----------------------------------------------------------------------------------------
 
-# What hub models have there. transformers refuses to save some of it, and a server of vLLM's would take the rest as limits.
+# What hub models have in it. transformers refuses to save some of it, and vLLM's server would take the rest as defaults.
 GENERATION_CONFIGS = [
     {"eos_token_id": 0, "pad_token_id": -1},
     {"eos_token_id": 0, "num_beams": 1, "early_stopping": True, "length_penalty": 1.2},
@@ -467,7 +476,7 @@ GENERATION_CONFIGS = [
 
 
 def export(folder, out):
-    """Load the policy of a folder and save it again, as a run does at its end."""
+    """Load the policy of a folder and save it again, as a run does when it ends."""
     network = model.load_network("policy", str(folder), torch.float32)
     tensors = {name.removeprefix("hf."): tensor for name, tensor in network.named_parameters()}
     model.save_pretrained(network, tensors, out)
@@ -475,8 +484,8 @@ def export(folder, out):
 
 @pytest.mark.parametrize("content", GENERATION_CONFIGS)
 def test_an_export_keeps_the_token_ids_and_nothing_else(content, tmp_path):
-    """A run of a week ends without its policy, since transformers refuses to save what it has read; or the policy is served
-    with a base model's max_new_tokens, and every long answer is cut without an error."""
+    """Fails if a long run ends without its policy, because transformers refuses to save what it has read; or if the
+    policy keeps a base model's max_new_tokens, so that a server cuts every long answer without an error."""
     folder = demo_folder(tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps(content))
     judge(policy=folder)
@@ -487,7 +496,8 @@ def test_an_export_keeps_the_token_ids_and_nothing_else(content, tmp_path):
 
 
 def test_token_ids_of_config_json(tmp_path):
-    """An end token that config.json alone names is lost in the export, whose generation_config.json comes first."""
+    """Fails if an end token that only config.json names is lost in the export, whose generation_config.json takes
+    precedence."""
     folder = demo_folder(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"pad_token_id": 1}')
     export(folder, tmp_path / "policy")
@@ -519,7 +529,8 @@ def test_vllm_reads_no_defaults_from_an_export(tmp_path):
 
 
 def test_dropout_is_set_to_0_and_said(tmp_path):
-    """The learner's log-probs differ from vLLM's at random, and the run stops for a drift that nobody can explain."""
+    """Fails if dropout stays on: the learner's log-probs would differ from vLLM's at random, and the run would stop
+    for a drift that nobody can explain."""
     path = tmp_path / "model"
     tiny_models.make_model(path, transformers.PhiConfig, resid_pdrop=0.1, embd_pdrop=0.2)
     (said, *_) = judge(policy=path)

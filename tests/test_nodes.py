@@ -1,8 +1,8 @@
-"""Two hosts on one machine: network namespaces with an address each, a Ray node in each, and what goes wrong between them.
+"""Two hosts on one machine: two network namespaces with a Ray node in each, and what may go wrong between them.
 
-`ray start --head` in one and `ray start --address=…` in the other, with one token, as the README says; then the same
-`python launch.py` on the first. What the hosts share here, as real ones must: the project's folder and runs/. A host
-fails as a machine does: everything in its namespace is killed at once. Needs root and `ip netns`.
+As the README says, `ray start --head` runs in one and `ray start --address=…` in the other, with the same token, and then
+`python launch.py` on the first. The hosts share the project's folder and runs/, as real ones must. A host fails as a
+machine does: everything in its namespace is killed at once. These tests need root and `ip netns`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.soak
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT = 6399
 STEPS = 4
-RUN = [*test_resume.RUN, f"--steps={STEPS}", "--name=a"]  # the last of a setting counts
+RUN = [*test_resume.RUN, f"--steps={STEPS}", "--name=a"]  # of a repeated setting the last one counts
 
 
 def ip(*arguments):
@@ -35,23 +35,24 @@ def ip(*arguments):
 
 
 class Host:
-    """A network namespace with an address, and the Ray node in it."""
+    """A network namespace with an address of its own, and the Ray node in it."""
 
     def __init__(self, name, address, environment):
         self.name, self.address, self.environment = name, address, environment
-        self.temp = tempfile.mkdtemp(prefix="nodes_")  # short: it holds sockets
+        self.temp = tempfile.mkdtemp(prefix="nodes_")  # a short path, since those of sockets are limited
         ip("netns", "add", name)
         ip("-n", name, "link", "set", "lo", "up")
 
     def popen(self, command, prepare="true", **how):
-        """`command` in this host; `prepare` may mount what only this command and its children will see."""
+        """Start `command` in this host; `prepare` may mount what only the command and its children will see."""
         command = ["ip", "netns", "exec", self.name, "sh", "-c", f'{prepare} && exec "$@"', "-", *command]
         pipe = subprocess.PIPE
         environment = self.environment | how
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
 
     def join(self, head=None, prepare="true", ray=(RAY,)):
-        """Start the Ray node: the first of a cluster, or one more of that of `head`. Exit code and output."""
+        """Start the Ray node: the first one of a cluster, or one more of the cluster of `head`. Returns exit code,
+        stdout and stderr."""
         where = [f"--address={head.address}:{PORT}"] if head else ["--head", f"--port={PORT}"]
         if not head:
             where.append("--include-dashboard=false")
@@ -68,7 +69,7 @@ class Host:
                 yield psutil.Process(pid)
 
     def die(self):
-        """As a machine does that loses power."""
+        """End as a machine does that loses power."""
         while found := list(self.processes()):
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -82,7 +83,7 @@ class Host:
 
 
 def possible():
-    """None, or why there are no two hosts here."""
+    """None, or the reason why there cannot be two hosts here."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         return "needs root and iproute2"
     probe = f"nodes{os.getpid()}"
@@ -94,17 +95,17 @@ def possible():
 
 @pytest.fixture(scope="module")
 def hosts():
-    """The head with its Ray node, and a second host, as yet without one."""
+    """The head with its Ray node, and a second host that has none yet."""
     if reason := possible():
         pytest.skip(reason)
-    number = os.getpid() % 250  # two of these at once do not meet: a veth pair has no way out
+    number = os.getpid() % 250  # two test runs at once do not meet: a veth pair leads nowhere else
     head, other = f"10.211.{number}.1", f"10.211.{number}.2"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": f"{head}:{PORT}"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with contextlib.ExitStack() as stack:
         pair = []
         for letter, address in (("a", head), ("b", other)):
-            own = {"NCCL_SOCKET_IFNAME": f"eth7_of_{letter}"}  # it may differ from node to node
+            own = {"NCCL_SOCKET_IFNAME": f"eth7_of_{letter}"}  # this may differ from node to node
             pair.append(Host(f"nodes{os.getpid()}{letter}", address, environment | own))
             stack.callback(pair[-1].remove)
         names = [host.name for host in pair]
@@ -159,7 +160,8 @@ def workers_of(host):
 
 
 def check_end(hosts, process, code, *expected):
-    """Exit code, the words of the last line, no Traceback; a minute later nothing of the run is left in any host."""
+    """The exit code and the words of the last line are as expected, there is no traceback, and nothing of the run is
+    left in any host a minute later. Returns stdout."""
     ended, out, err = finish(process)
     last = (err if ended == 2 else out).strip().splitlines()[-1]
     print(last)
@@ -170,7 +172,7 @@ def check_end(hosts, process, code, *expected):
 
 
 def check_nothing_left(hosts):
-    """Only Ray itself is there: no Worker, nothing it started, no driver."""
+    """Only Ray itself is running: no Worker, nothing that a Worker started, no driver."""
     deadline = time.monotonic() + 60
     while True:
         left = []
@@ -205,7 +207,7 @@ def test_a_node_too_few(hosts, tmp_path):
 
 
 def test_half_the_workers_on_each(both, tmp_path, on_one_node):
-    """Guards several machines: a Worker on each, and what they learn is what one machine would have learned."""
+    """Guards runs on several machines: with one Worker on each, they learn what one machine would have learned."""
     command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}", *RUN]
     process = both[0].popen(command, NCCL_DEBUG="INFO", NCCL_SOCKET_IFNAME="eth7_of_the_driver")
     wait_for_step(process, tmp_path / "a", 1)
@@ -224,7 +226,8 @@ def test_half_the_workers_on_each(both, tmp_path, on_one_node):
 
 
 def test_a_node_that_leaves_and_comes_back(both, tmp_path, on_one_node):
-    """Guards a month's work: the run names the node, asks for it, and goes on where it was when it is back."""
+    """Guards a month's work: the run names the node and asks for it; when it is back, the run continues where it
+    was."""
     head, other = both
     process = start(head, tmp_path)
     wait_for_step(process, tmp_path / "a", 2)  # so that there is a checkpoint
@@ -254,7 +257,7 @@ sys.exit(launch.main(sys.argv[1:]))
 
 
 def test_a_firewall_between_the_workers(both, tmp_path):
-    """Guards against hanging where Ray's ports are open and the Workers' are not."""
+    """Guards against hanging if Ray's ports are open and the Workers' are not."""
     rule = f"ip rule add pref 10 lookup local; ip rule del pref 0; ip rule add pref 1 ipproto tcp dport {PORT_OF_RANK_0} "
     for host in both:  # rank 0 may be on either
         assert host.popen(["true"], f"({rule} iif eth7 blackhole)").wait() == 0
@@ -269,7 +272,7 @@ def test_a_firewall_between_the_workers(both, tmp_path):
 
 
 def test_a_port_where_nobody_listens(both, tmp_path):
-    """Guards the newcomer who names the wrong port, or the wrong host: Ray alone would wait for minutes."""
+    """Guards the newcomer who names the wrong port or host: Ray alone would wait for minutes."""
     head, other = both
     for address in (f"{head.address}:{PORT + 1}", f"{other.address}:{PORT}"):
         command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}", *RUN]
@@ -278,7 +281,7 @@ def test_a_port_where_nobody_listens(both, tmp_path):
 
 
 def test_a_node_without_the_shared_folder(hosts, tmp_path):
-    """Guards against checkpoints of which every node keeps a part on its own disk."""
+    """Guards against checkpoints of which each node keeps a part on its own disk."""
     head, other = hosts
     join(other, head, prepare=f"mount -t tmpfs none {tmp_path}")
     try:
@@ -288,7 +291,8 @@ def test_a_node_without_the_shared_folder(hosts, tmp_path):
 
 
 def test_a_node_with_other_packages(hosts, tmp_path):
-    """Guards against Workers that compute with other versions than the first node's: such a run is no one's to repeat."""
+    """Guards against Workers that compute with other package versions than the first node's: nobody could repeat such
+    a run."""
     head, other = hosts
     found = importlib.metadata.distribution("rich")
     metadata = found.locate_file(f"rich-{found.version}.dist-info/METADATA")
@@ -299,7 +303,7 @@ def test_a_node_with_other_packages(hosts, tmp_path):
     try:
         process = start(head, tmp_path)
         check_end(
-            hosts, process, 1, f"node {other.address} has not the driver's packages: rich=={found.version} ("
+            hosts, process, 1, f"node {other.address} lacks the driver's packages: rich=={found.version} ("
         )
     finally:
         other.die()
@@ -309,7 +313,7 @@ OTHER_RAY = "import ray; ray.__version__ = '2.59.0'; from ray.scripts.scripts im
 
 
 def test_a_node_with_another_ray(hosts):
-    """Guards what launch.py leaves to Ray: such a node cannot join, and is told both versions."""
+    """Checks what launch.py leaves to Ray: such a node cannot join, and the error names both versions."""
     head, other = hosts
     try:
         code, out, err = other.join(head, ray=(sys.executable, "-c", OTHER_RAY))

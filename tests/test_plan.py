@@ -1,4 +1,4 @@
-"""The plan: parameters as the real networks have them, GiB as worked out by hand, refusals that name a way out."""
+"""The memory plan: parameters as the real networks have them, GiB as worked out by hand, refusals that name a way out."""
 
 import json
 import os
@@ -37,7 +37,8 @@ def planned(cfg, gpu_memory=80.0):
 
 @pytest.mark.parametrize("model", plan.SHAPES)
 def test_parameters_are_the_real_ones(model):
-    """A digit of the table is wrong, or the formula forgets a bias or a tied head, and everything after is off."""
+    """Fails if a digit of the table is wrong, or if the formula forgets a bias or a tied head: every number of the
+    plan would be off."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -48,7 +49,7 @@ def test_parameters_are_the_real_ones(model):
 
 
 def test_shape_of_a_folder(tmp_path):
-    """A local model is looked up by its name, or a model of another kind is counted as if it were dense."""
+    """Fails if a local model is looked up by its name, or if a mixture of experts is counted as if it were dense."""
     assert plan.read_shape(str(ROOT / "data/tiny")).params == 816_256  # with biases, as launch.py counts them
     folder = tmp_path / "Qwen2.5-0.5B"
     folder.mkdir()
@@ -61,15 +62,15 @@ def test_shape_of_a_folder(tmp_path):
         json.dumps(values | {"model_type": "mixtral", "num_local_experts": 8})
     )
     assert plan.read_shape(str(folder)) is None and plan.read_shape("some/other") is None
-    plan.check_fits(config("orz_7b", f"--model={folder}"), 1.0)  # who cannot judge does not refuse
+    plan.check_fits(config("orz_7b", f"--model={folder}"), 1.0)  # a model that it cannot judge is not refused
     for broken in ("{", "3", "\xff"):
         (folder / "config.json").write_text(broken, encoding="latin-1")
-        with pytest.raises(UserError, match="config.json is no JSON object"):
+        with pytest.raises(UserError, match="config.json is not a JSON object"):
             plan.read_shape(str(folder))
 
 
 def test_7b_on_32_gpus_by_hand():
-    """A factor is lost: 8 bytes of Adam for 12, a world size, GiB taken for GB."""
+    """Fails if a factor is lost: 8 bytes of Adam instead of 12, a world size, GiB taken for GB."""
     phases = planned(config("orz_7b"))
     policy, generate = phases["policy"], phases["generate"]
     gib = 1.073741824e9
@@ -85,7 +86,7 @@ def test_7b_on_32_gpus_by_hand():
     table = generate["vLLM's table of sampled tokens"]
     # 0.58: int32 for each of 1,024 sequences and each word.
     assert table == pytest.approx(4 * 1024 * 152_064 / 2**30)
-    assert phases["sync"]["vLLM's table of sampled tokens"] == table  # it comes back with the weights
+    assert phases["sync"]["vLLM's table of sampled tokens"] == table  # it returns to the GPU with the weights
     # 0.5 + 16,384 · 2 · (4·3584 + 3·18944) bytes + 1,024 · 12 · 152,064 bytes
     working = sum(held for what, held in generate.items() if what.endswith("(a guess)") and "vLLM's" in what)
     assert working == pytest.approx(0.5 + 2.172 + 1.740, abs=1e-3)
@@ -97,7 +98,7 @@ def test_7b_on_32_gpus_by_hand():
 
 
 def test_32b_on_128_gpus_by_hand():
-    """Tensor parallel divides what it does not, or the KV cache is not divided at all."""
+    """Fails if tensor parallel divides what it does not, or if the KV cache is not divided by it."""
     phases = planned(config("orz_32b"))
     assert phases["generate"]["vLLM's weights"] == pytest.approx(2 * 32.763876352 / 4 / 1.073741824)  # 15.26
     assert phases["policy"]["weights"] == pytest.approx(0.477, abs=1e-3)
@@ -112,9 +113,13 @@ def test_32b_on_128_gpus_by_hand():
 
 
 def test_what_stays_on_the_gpu():
-    """A network that stays is counted where another works, or one that waits in CPU memory still is."""
-    other = "the other network, which stays"
-    beside = ["policy's other states, which stay", "the critic, which stays"]  # in "sync"
+    """Fails if a network that stays on the GPU is not counted while another one works, or if one that waits in CPU
+    memory is."""
+    other = "the other network, which stays on the GPU"
+    beside = [
+        "policy's other states, which stay on the GPU",
+        "the critic, which stays on the GPU",
+    ]  # in "sync"
     critic, policy = 7_615_616_512 - 152_064 * 3584 + 3584, 7_615_616_512
     stays, waits = planned(config("orz_7b")), planned(config("orz_7b", "--gpu_memory_utilization=0.9"))
     assert stays["policy"][other] == pytest.approx(18 * critic / 32 / 2**30)
@@ -123,20 +128,21 @@ def test_what_stays_on_the_gpu():
     assert stays["sync"][beside[1]] == pytest.approx(18 * critic / 32 / 2**30)
     assert waits["policy"][other] == waits["critic"][other] == 0
     assert waits["sync"][beside[0]] == waits["sync"][beside[1]] == 0
-    # 20 bytes of 14.7e9 weights are 273.5 GiB; 80 GiB but for vLLM's 56, 1 of CUDA and 4 to spare are 19 a GPU
+    # 20 bytes for each of 14.7e9 weights are 273.5 GiB. Of 80 GiB, vLLM's 56, CUDA's 1 and 4 of headroom leave 19 a GPU.
     cfg = [config("orz_7b", f"--workers={n}") for n in (14, 15)]
     assert [planned(c)["policy"][other] > 0 for c in cfg] == [False, True]
 
 
 def test_the_worker_and_the_plan_have_one_rule():
-    """The plan counts states that the Worker sends to CPU memory, or the other way round: a run that fits is refused."""
+    """Fails if the plan counts states that the Worker offloads to CPU memory, or does not count states that it
+    keeps."""
     cfg = config("orz_7b", "--workers=10", "--gpu_memory_utilization=0.5")
-    # A GPU of 80 GiB of which 79 are free: 79 - 40 of vLLM - 4 of headroom are 35 GiB, at 20 bytes for 10 workers:
+    # Of 80 GiB 79 are free. Without vLLM's 40 and 4 of headroom, 35 remain on each of 10 workers, at 20 bytes a weight.
     most = 35 * 2**30 * 10 / 20
     assert fits_beside_vllm(cfg, most - 1, free=79 * 2**30, total=80 * 2**30)
     assert not fits_beside_vllm(cfg, most, free=79 * 2**30, total=80 * 2**30)
     assert not fits_beside_vllm(cfg, 0, free=0, total=1)  # without a GPU
-    # The plan asks it with 1 GiB taken by CUDA, and with a reference model loaded: 0.3 · 80 - 5 GiB, or 1.42 GiB less.
+    # The plan calls the same rule with 1 GiB taken by CUDA, and with the 1.42 GiB of a reference model where there is one.
     for arguments, taken in ([], 1), (["--kl_coef=0.1"], 1 + 2 * 7.615616512 / 10 / 1.073741824):
         cfg = config("orz_7b", "--workers=10", *arguments)
         policy = plan.read_shape(cfg.model)
@@ -150,7 +156,7 @@ def test_the_worker_and_the_plan_have_one_rule():
 
 
 def test_the_learners_of_the_smallest_size_stay_by_gibs():
-    """It is left to a driver's few hundred MiB whether 19 GiB of states stay on the GPU."""
+    """Fails if a few hundred MiB of the driver's decide whether 19 GiB of states stay on the GPU."""
     cfg = config("orz_0p5b_1gpu")
     policy = plan.read_shape(cfg.model)
     assert all(plan.learners_stay(cfg, policy, gpu_memory) for gpu_memory in (72.0, 79.1, 80.0, 94.0))
@@ -161,7 +167,7 @@ def test_the_learners_of_the_smallest_size_stay_by_gibs():
 )
 @pytest.mark.parametrize("name", ["orz_0p5b_1gpu", "orz_32b"])
 def test_every_line_states_its_arithmetic(name, extra):
-    """The arithmetic that is printed gives another number than the one beside it."""
+    """Fails if the arithmetic that is printed gives another number than the one beside it."""
     cfg = config(name, *extra)
     for held in plan.plan(cfg, plan.read_shape(cfg.model), 79.1).values():
         for line, gib in held.items():
@@ -170,25 +176,26 @@ def test_every_line_states_its_arithmetic(name, extra):
 
 
 def test_a_grpo_policy_has_no_neighbour():
-    """Without a critic one is still counted."""
+    """Fails if a critic is counted where there is none."""
     phases = planned(config("orz_7b_grpo"))
-    assert phases["policy"]["the other network, which stays"] == 0
-    assert phases["sync"]["policy's other states, which stay"] == pytest.approx(
+    assert phases["policy"]["the other network, which stays on the GPU"] == 0
+    assert phases["sync"]["policy's other states, which stay on the GPU"] == pytest.approx(
         16 * 7_615_616_512 / 32 / 2**30
     )
-    assert phases["sync"]["the critic, which stays"] == 0
+    assert phases["sync"]["the critic, which stays on the GPU"] == 0
 
 
 def test_critic_head_and_reference():
-    """A reference model that never leaves the GPU is forgotten, or is counted where there is none."""
+    """Fails if a reference model, which never leaves the GPU, is not counted, or is counted where there is none."""
     assert ppo.KEPT_WHOLE == plan.KEPT_WHOLE == 5 * 10**8
-    name, whole = "the reference model, which stays there", "its weights that are kept whole (KEPT_WHOLE)"
+    name = "the reference model, which stays on the GPU"
+    whole = "its weights that are kept whole (KEPT_WHOLE)"
     without, with_kl = planned(config("orz_7b")), planned(config("orz_7b", "--kl_coef=0.1"))
     for phase in without:
         assert without[phase][name] == without[phase][whole] == 0
         assert with_kl[phase][whole] == pytest.approx(2 * 0.5 / 1.073741824)
         assert with_kl[phase][name] == pytest.approx(2 * 7.615616512 / 32 / 1.073741824)
-    # It stands outside vLLM's share, which goes to the KV cache as without it.
+    # The reference model is outside vLLM's share, so the KV cache is as large as without it.
     cache = "KV cache: sequences, tokens, bytes"
     assert with_kl["generate"][cache] == without["generate"][cache]
 
@@ -198,7 +205,7 @@ ORZ = sorted(path.stem for path in (ROOT / "configs").glob("orz_*.py"))
 
 @pytest.mark.parametrize("name", ORZ)
 def test_every_size_fits_its_hardware(name):
-    """A config names hardware on which it cannot run."""
+    """Fails if a config names hardware on which it cannot run."""
     trained_first = {"orz_32b_anneal": ["--model=Qwen/Qwen2.5-32B", "--critic_model="]}
     cfg = config(name, *trained_first.get(name, []))
     assert plan.read_shape(cfg.model) is not None
@@ -217,7 +224,7 @@ REFUSED = {  # config, arguments, GiB → phase, way out
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[1])
 def test_refusal_names_a_setting_that_helps(case):
-    """The user is told to change a setting, changes it, and is refused again."""
+    """Fails if the user is told to change a setting, changes it, and is refused again."""
     name, argument, gpu_memory = case
     phase, way_out = REFUSED[case]
     with pytest.raises(UserError) as error:
@@ -231,13 +238,13 @@ def test_refusal_names_a_setting_that_helps(case):
 
 
 def test_no_single_setting():
-    """A GPU that is far too small ends in a suggestion that does not help."""
-    with pytest.raises(UserError, match="no one setting is enough"):
+    """Fails if a GPU that is far too small gets a suggestion that does not help."""
+    with pytest.raises(UserError, match="no single setting is enough"):
         plan.check_fits(config("orz_32b", "--workers=1", "--tensor_parallel=1"), 80.0)
 
 
 def test_constants_are_those_of_the_code():
-    """model.py's chunk or a bucket of the Learner's changes, and the plan goes on with the old one."""
+    """Fails if model.py's chunk size or a bucket of the Learner changes and the plan keeps the old one."""
     import model
 
     assert model.MAX_LOGITS == plan.MAX_LOGITS == 2**28
@@ -245,7 +252,7 @@ def test_constants_are_those_of_the_code():
 
 
 def test_constant_is_that_of_deepspeed():
-    """DeepSpeed's default changes, and the plan goes on with the old one."""
+    """Fails if DeepSpeed's default changes and the plan keeps the old one."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     assert DeepSpeedZeroConfig(stage=3).max_live_parameters == plan.MAX_LIVE_PARAMETERS == 10**9
@@ -256,7 +263,8 @@ NVIDIA_SMI = {"81559": 81559 / 1024, "[N/A]": 80.0, "": 80.0, "exit 9": 80.0}  #
 
 @pytest.mark.parametrize("answer", NVIDIA_SMI)
 def test_memory_of_the_first_gpu(answer, tmp_path, monkeypatch):
-    """The plan is made for 80 GiB on a machine whose GPUs have 40, or ends in a traceback where the driver is broken."""
+    """Fails if the plan is made for 80 GiB where the GPUs have another size, or ends in a traceback where the driver
+    is broken."""
     script = tmp_path / "nvidia-smi"
     script.write_text(f"#!/bin/sh\n{answer if answer.startswith('exit') else f'echo {answer!r}'}\n")
     script.chmod(0o755)
@@ -272,11 +280,13 @@ def run(*argv):
 
 
 def test_as_a_command():
-    """The sum is not that of the lines above it, or a guess is presented as a measurement."""
+    """Fails if a sum is not that of the lines below it, or if the estimates are not marked as unverified."""
     done = run(str(ROOT / "configs/orz_32b.py"), "--gpu_memory=94")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "fits", done.stderr
     assert done.stdout.startswith("UNVERIFIED")
-    for head, *lines in [part.splitlines() for part in done.stdout.split("\n\n")[1:5]]:
+    phases = [part.splitlines() for part in done.stdout.split("\n\n")[1:5]]
+    assert [head.partition(":")[0] for head, *_ in phases] == ["generate", "critic", "policy", "sync"]
+    for head, *lines in phases:
         total = float(re.match(r"\w+: ([\d.]+) of 94 GiB", head)[1])
         assert sum(float(line.split()[0]) for line in lines) == pytest.approx(total, abs=0.1)
     assert "8,192 x 18,432 = 150,994,944" in done.stdout and "at most 8,192, 64 a GPU" in done.stdout
@@ -295,7 +305,7 @@ def test_as_a_command():
     ids=str,
 )
 def test_errors_are_one_line(argv, words):
-    """A bad argument ends in a traceback."""
+    """Fails if a bad argument ends in a traceback."""
     done = run(*[str(ROOT / a) if a.startswith("configs") else a for a in argv])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -303,7 +313,7 @@ def test_errors_are_one_line(argv, words):
 
 
 def test_a_model_of_unknown_shape():
-    """Who cannot judge refuses: exit code 2 would keep launch.py from starting it."""
+    """Fails if a model that the plan cannot judge is refused: with exit code 2 launch.py would not start it."""
     done = run(str(ROOT / "configs/orz_7b.py"), "--model=no/such")
     assert done.returncode == 3 and "'no/such'" in done.stderr and "Traceback" not in done.stderr
 
@@ -317,7 +327,8 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.soak
 def test_launch_refuses_what_does_not_fit(tmp_path):
-    """An hour of loading weights ends out of memory, though tools/plan.py could have told; or the folder of a run stays."""
+    """Fails if a run that tools/plan.py would refuse loads weights for an hour until memory runs out, or if its folder
+    stays."""
     of_32b = dict(zip(plan.FIELDS, plan.SHAPES["Qwen/Qwen2.5-32B"]))
     config = json.loads((ROOT / "data/tiny/config.json").read_text()) | of_32b
     (folder := tmp_path / "model").mkdir()
@@ -326,7 +337,7 @@ def test_launch_refuses_what_does_not_fit(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 128}))
     arguments = ["configs/tiny.py", f"--model={folder}", f"--out_dir={tmp_path}/runs", "--dtype=bfloat16"]
     arguments.append("--gpu_memory=80")
-    # Ray refuses to offer a GPU where this variable hides them all. Nothing gets as far as using it.
+    # Ray refuses to offer a GPU if this variable hides them all. No process gets as far as using the GPU.
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(
         [sys.executable, "-c", ON_GPUS, *arguments],

@@ -1,4 +1,4 @@
-"""The formulas of ppo.py against themselves written as plain loops, and packing against its promises. No Ray, vLLM, DeepSpeed."""
+"""The formulas of ppo.py against plain loops, and what packing promises; without Ray, vLLM and DeepSpeed."""
 
 import math
 import re
@@ -23,7 +23,7 @@ EXACT = settings(deadline=None, derandomize=True, max_examples=100)
 
 
 def gae_as_written(rewards, values, lengths, gamma, lam):
-    """Â_t = Σ_k (γλ)^k δ_{t+k}, token by token; the value after the last token is 0."""
+    """Â_t = Σ_k (γλ)^k δ_{t+k}, token by token; the value after a response's last token is 0."""
     advantages, start = [], 0
     for length in lengths:
         r, v = rewards[start : start + length], list(values[start : start + length]) + [0.0]
@@ -42,7 +42,8 @@ def gae_as_written(rewards, values, lengths, gamma, lam):
     seed=st.integers(0, 999),
 )
 def test_gae_is_the_sum_over_future_deltas(lengths, gamma, lam, seed):
-    """A value that leaks from the next response, a response of length 0, or a wrong discount."""
+    """Fails if a value leaks from the next response, if a response of length 0 shifts the others, or if the discount
+    is wrong."""
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=(2, sum(lengths)))
     advantages, returns = ppo.gae(rewards, values, lengths, gamma, lam)
@@ -55,7 +56,7 @@ def test_gae_is_the_sum_over_future_deltas(lengths, gamma, lam, seed):
 @EXACT
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), seed=st.integers(0, 999))
 def test_gae_of_orz_is_reward_minus_value(lengths, seed):
-    """With γ = λ = 1 nothing may be left of the other values: every token gets R − V(s_t)."""
+    """With γ = λ = 1 the advantage of every token is R − V(s_t): the values of later tokens cancel."""
     rng = np.random.default_rng(seed)
     values, scores = rng.normal(size=sum(lengths)), rng.integers(0, 2, len(lengths))
     batch = make_batch(lengths, scores)
@@ -66,8 +67,8 @@ def test_gae_of_orz_is_reward_minus_value(lengths, seed):
 
 
 def make_batch(response_lens, rewards=None, prompt_len=3, questions=None):
-    """Token ids count up from 0 over the whole batch, so that a token names its place, and that of its log-prob; a
-    prompt of a question that came before is that question's."""
+    """Samples whose token ids count up from 0 over the whole batch, so that an id names its place, and so does its
+    log-prob. Samples of one question share the prompt of the first of them."""
     samples, prompts, token = [], {}, 0
     for i, length in enumerate(response_lens):
         ids = np.arange(token, token + prompt_len + length, dtype=np.int32)
@@ -83,7 +84,8 @@ def make_batch(response_lens, rewards=None, prompt_len=3, questions=None):
 
 
 def test_reward_and_kl_penalty_per_token():
-    """A KL penalty of the wrong sign; a reward on a neighbour's last token where a response is empty."""
+    """Fails if the KL penalty has the wrong sign, or if an empty response puts its reward on a neighbour's last
+    token."""
     batch = make_batch([3, 0, 2], [1.0, 1.0, 0.5])
     np.testing.assert_allclose(ppo.token_rewards(batch), [0, 0, 1.0, 0, 0.5])
     batch.old_logprobs = np.array([-1, -2, -3, -4, -5], np.float32)
@@ -92,7 +94,8 @@ def test_reward_and_kl_penalty_per_token():
 
 
 def test_normalise_over_all_tokens():
-    """Sums of a million fp32 numbers lose the mean; equal advantages must not divide by zero."""
+    """Fails if the mean is computed in fp32, which loses it in a sum of a million numbers, or if equal advantages
+    divide by zero."""
     advantages = np.random.default_rng(0).normal(1000, 0.01, 1_000_000).astype(np.float32)
     wide = advantages.astype(np.float64)
     normal = ppo.normalise(advantages)
@@ -105,7 +108,8 @@ def test_normalise_over_all_tokens():
 
 
 def test_policy_loss_and_gradient_on_both_clip_sides():
-    """A max for a min: then a token is clipped where it should be corrected, and trained on where it should stop."""
+    """Fails if the loss takes max instead of min: a token would be clipped where it should be corrected, and trained
+    on where it should stop."""
     eps = 0.2
     ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0], dtype=torch.float64).repeat(2)
     advantages = torch.tensor([1.5] * 7 + [-1.5] * 7, dtype=torch.float64)
@@ -114,7 +118,7 @@ def test_policy_loss_and_gradient_on_both_clip_sides():
     loss, ratio = ppo.policy_loss(logprobs, old_logprobs, advantages, eps)
     loss.sum().backward()
     for i, (r, a) in enumerate(zip(ratios.tolist(), advantages.tolist())):
-        stopped = r > 1 + eps if a > 0 else r < 1 - eps  # already moved far enough the right way
+        stopped = r > 1 + eps if a > 0 else r < 1 - eps  # has already moved far enough in the right direction
         kept = (1 + eps if a > 0 else 1 - eps) if stopped else r
         assert loss[i].item() == pytest.approx(-kept * a)
         assert logprobs.grad[i].item() == pytest.approx(0.0 if stopped else -r * a)
@@ -122,7 +126,7 @@ def test_policy_loss_and_gradient_on_both_clip_sides():
 
 
 def test_policy_gradient_on_policy_is_reinforce():
-    """Old log-probs that are not detached: the ratio is then constant and the gradient 0."""
+    """With the detached log-probs as the old ones, the gradient is that of REINFORCE: −Â for each token."""
     logprobs = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5])
     ppo.policy_loss(logprobs, logprobs.detach(), advantages, 0.2)[0].sum().backward()
@@ -130,10 +134,10 @@ def test_policy_gradient_on_policy_is_reinforce():
 
 
 def test_value_loss_and_gradient_on_both_clip_sides():
-    """A min for a max: a value then stops learning just where it is wrong."""
+    """Fails if the loss takes min instead of max: a value would stop learning just where it is wrong."""
     cases = []  # V, V_old, R, loss, gradient
     for v, old, target in [
-        (0.1, 0.0, 1.0),  # inside the clip: plain squared error
+        (0.1, 0.0, 1.0),  # inside the clip: the plain squared error
         (0.5, 0.0, 1.0),  # moved too far towards the target: the clipped error is larger, no gradient
         (-0.5, 0.0, -1.0),
         (0.5, 0.0, -1.0),  # moved too far away: the plain error is larger and pulls back
@@ -148,8 +152,8 @@ def test_value_loss_and_gradient_on_both_clip_sides():
     result = ppo.value_loss(v, old, target, 0.2)
     result.sum().backward()
     torch.testing.assert_close(result.detach(), loss)
-    assert (grad == 0).sum() == 2  # the cases above do reach both sides
-    # Inside the clip both errors are V's own, and the gradient is that of one of them, not of two or of a half.
+    assert (grad == 0).sum() == 2  # so the cases above reach both sides
+    # Inside the clip both errors are equal; the gradient must be that of one of them, not twice it or half of it.
     torch.testing.assert_close(v.grad, grad)
 
 
@@ -165,7 +169,7 @@ def orz_lengths(seed):
 
 
 def work(lengths):
-    """Linear layers and causal attention, in units of a token."""
+    """The cost of linear layers and causal attention, in units of a token's linear layers."""
     return lengths * (1 + lengths / (12 * HIDDEN))
 
 
@@ -177,7 +181,8 @@ def check_plan(plan, lengths, budget, ranks):
 
 
 def check_few(plan, lengths, ranks):
-    """No more packs than the tokens need; on one or two ranks, where every thousandth token counts, one at most."""
+    """There are no more packs than the tokens need; on one or two ranks one more is allowed, since there every
+    thousandth token counts."""
     need = -(-int(lengths.sum()) // (BUDGET * ranks))
     assert need <= len(plan[0]) <= need + (ranks <= 2)
 
@@ -185,7 +190,8 @@ def check_few(plan, lengths, ranks):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("ranks", [1, 2, 8, 32, 128])
 def test_packing_of_orz_lengths(ranks, seed):
-    """A rank with a tenth more work makes all the others wait in every update; so does a pack more than needed."""
+    """Fails if one rank has over 3% more work than the mean, since all others wait for it in every update, or if there
+    are more packs than needed."""
     lengths = orz_lengths(seed)
     assert 2000 < lengths.mean() < 2400
     plan = packing.pack(lengths, BUDGET, ranks, HIDDEN)
@@ -197,7 +203,7 @@ def test_packing_of_orz_lengths(ranks, seed):
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 32])
 def test_packing_of_one_critic_mini_batch(ranks):
-    """One twelfth of a step, packed on its own: fewer sequences to balance with."""
+    """One twelfth of a step, packed on its own, is as even, although it has fewer sequences to balance with."""
     order = np.random.default_rng(0).permutation(8192)
     for part in np.array_split(order, 12)[:4]:
         lengths = orz_lengths(0)[part]
@@ -210,14 +216,14 @@ def test_packing_of_one_critic_mini_batch(ranks):
 
 @pytest.mark.parametrize("shape", ["half cut off", "uniform", "all cut off"])
 def test_packing_of_coarse_lengths(shape):
-    """Two or three samples a pack: filling packs evenly leaves room that nothing fits into, and a search of thousands
-    of numbers of packs takes minutes."""
+    """Only two or three samples fit into a pack. Fails if packs that are filled evenly leave room that no sample fits
+    into, so that more packs are needed than first fit needs."""
     rng = np.random.default_rng(0)
     long = rng.integers(5000, 10048, 1024)
     cut_off = np.full(1024, 10048)
     half = np.where(rng.random(1024) < 0.5, cut_off, rng.integers(6000, 7000, 1024))
     lengths = {"half cut off": half, "uniform": long, "all cut off": cut_off}[shape]
-    free = []  # first fit, the longest first
+    free = []  # the room left in each pack of first fit, the longest first
     for length in sorted(lengths.tolist(), reverse=True):
         place = next((i for i, room in enumerate(free) if room >= length), len(free))
         free[place:] = free[place:] or [BUDGET]
@@ -229,7 +235,8 @@ def test_packing_of_coarse_lengths(shape):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_packing_of_few_samples(ranks):
-    """A small step, of fewer tokens than the packs would hold: one rank gets them nearly all, and the others wait."""
+    """Fails if in a small step, with fewer tokens than its packs could hold, one rank gets nearly all samples and the
+    others wait."""
     for seed in range(20):
         lengths = np.random.default_rng(seed).integers(130, 190, 32)
         plan = packing.pack(lengths, 2048, ranks, 576)
@@ -241,22 +248,24 @@ def test_packing_of_few_samples(ranks):
 @EXACT
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), ranks=st.integers(1, 9))
 def test_packing_keeps_every_sample_once(lengths, ranks):
-    """A sample lost or doubled at odd sizes: fewer samples than ranks, one sample, full packs."""
+    """Fails if a sample is lost or doubled at odd sizes: fewer samples than ranks, one sample, full packs."""
     check_plan(packing.pack(lengths, 50, ranks, HIDDEN), lengths, 50, ranks)
 
 
 def test_packing_at_the_edges():
-    """Packs that could hold one token more; a sample that fits nowhere must be named, not searched a place for ever."""
+    """Fails if a full pack is counted as too full by one, or if a sample that fits into no pack is not named in an
+    error."""
     assert packing.pack([50, 50], 50, 2, HIDDEN) in ([[[0]], [[1]]], [[[1]], [[0]]])
     assert sum(len(indices) for packs in packing.pack([7], 50, 4, HIDDEN) for indices in packs) == 1
     assert len(packing.pack([25, 25, 25, 25], 50, 2, HIDDEN)[0]) == 1
-    assert len(packing.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # none of them share a pack
+    assert len(packing.pack([26, 26, 26], 50, 1, HIDDEN)[0]) == 3  # no two fit into one pack
     with pytest.raises(ValueError, match="51 tokens does not fit into a pack of 50"):
         packing.pack([3, 51, 4], 50, 1, HIDDEN)
 
 
 def draw_batch(data, response_lens, num_questions, prompt_len=3):
-    """A batch of these responses to questions drawn at random, the question of each, and the samples in some order."""
+    """A batch of these responses to questions drawn at random, the question of each response, and an order of the
+    samples."""
     count = len(response_lens)
     questions = data.draw(st.lists(st.integers(0, num_questions - 1), min_size=count, max_size=count))
     batch = make_batch(response_lens, prompt_len=prompt_len, questions=questions)
@@ -270,8 +279,9 @@ def draw_batch(data, response_lens, num_questions, prompt_len=3):
     data=st.data(),
 )
 def test_pack_contents(response_lens, prompt_len, data):
-    """Positions off by one: then a token is predicted from itself. Fields that belong to another sample; a response
-    that reads another question's prompt, or its sister's response; a prompt that stands there twice."""
+    """Fails if positions are off by one, so that a token is predicted from itself; if a field belongs to another
+    sample; if a response sees another question's prompt or another response; or if a shared prompt is in the pack
+    twice."""
     batch, questions, order = draw_batch(data, response_lens, 3, prompt_len)
     indices = order[:4]
     pack = packing.make_pack(batch, list(indices), "cpu", ["logprobs"])
@@ -290,7 +300,7 @@ def test_pack_contents(response_lens, prompt_len, data):
         response = list(range(start + prompt_len, start + prompt_len + response_lens[i]))
         assert ids[seen].tolist() == [*range(prompt, prompt + prompt_len), *response]
         assert pack["position_ids"][seen].tolist() == list(range(len(seen)))
-        # Its queries are the last of its keys.
+        # A sample's queries are the last of its keys.
         queries = list(range(first_query, last_query))
         assert seen[len(seen) - len(queries) :].tolist() == queries and len(queries) >= len(response)
         positions += seen[prompt_len - 1 : -1].tolist()
@@ -303,14 +313,14 @@ def test_pack_contents(response_lens, prompt_len, data):
 
 
 def test_empty_pack_predicts_nothing():
-    """A rank without work must still run the network: tokens to read, none to predict."""
+    """A rank without work must still run the network: its pack has tokens to read and none to predict."""
     pack = packing.make_pack(make_batch([2, 3]), [], "cpu", ["logprobs"])
     assert len(pack["input_ids"]) == 3 and pack["cu_seqlens_q"].tolist() == [0, 3]
     assert len(pack["state_index"]) == len(pack["targets"]) == len(pack["logprobs"]) == 0
 
 
 def test_batch_finds_each_response():
-    """Empty responses shift everything after them by one."""
+    """Fails if an empty response shifts everything after it by one."""
     batch = make_batch([2, 0, 3], [1, 0, 0.0])
     assert [batch.logprobs[tiny_models.place(batch, i)].tolist() for i in range(3)] == [
         [-3.0, -4.0],
@@ -326,7 +336,8 @@ def test_batch_finds_each_response():
     data=st.data(),
 )
 def test_bundles(response_lens, capacity, data):
-    """A sample lost; one that shares another question's prompt; a bundle so large that no pack is even."""
+    """Fails if a sample is lost, shares another question's prompt, or is in a bundle over the capacity; or if two
+    bundles of a question would fit into one."""
     batch, questions, order = draw_batch(data, response_lens, 5)
     part = order[: len(order) // 2 + 1]
     bundles, sizes = packing.bundle(batch, part, capacity)
@@ -335,7 +346,7 @@ def test_bundles(response_lens, capacity, data):
         assert len({questions[i] for i in samples}) == 1
         assert size == len(packing.make_pack(batch, samples, "cpu")["input_ids"])
         assert size <= capacity or len(samples) == 1
-    # No two bundles of a question would go into one.
+    # No two bundles of a question would fit into one.
     by_question = {q: [n for n, s in enumerate(bundles) if questions[s[0]] == q] for q in questions}
     for same in by_question.values():
         assert all(sizes[m] + sizes[n] - 3 > capacity for m in same for n in same if m < n)
@@ -343,7 +354,7 @@ def test_bundles(response_lens, capacity, data):
 
 @pytest.mark.parametrize("ranks", [1, 8, 32, 128])
 def test_packing_of_shared_prompts(ranks):
-    """What sharing saves must not be lost again by waiting for the slowest rank."""
+    """Fails if the work that shared prompts save is lost again by waiting for the slowest rank."""
     lengths, rng = orz_lengths(0), np.random.default_rng(0)
     prompt_lens = rng.integers(60, 400, 128).repeat(64)
     batch = SimpleNamespace(prompt_indices=np.arange(128).repeat(64), prompt_lens=prompt_lens)
@@ -354,7 +365,7 @@ def test_packing_of_shared_prompts(ranks):
     assert sorted(i for packs in plan for indices in packs for i in indices) == list(range(8192))
 
     def shared_work(indices):
-        """In units of a token, as `work`; the queries of a prompt are the first of its samples' alone."""
+        """In the units of `work`; of the samples that share a prompt, only the first computes the prompt's queries."""
         later = [
             i for n, i in enumerate(indices) if batch.prompt_indices[i] in batch.prompt_indices[indices[:n]]
         ]
@@ -376,7 +387,7 @@ def settings_with(**overrides):
 
 
 def group_advantage_as_written(name, rewards, i, group_size):
-    """The advantage of response i, by the formula of its paper; `reinforce` is normalised afterwards."""
+    """The advantage of response i, by the formula of its paper; for `reinforce` it is normalised afterwards."""
     first = i // group_size * group_size
     group = [float(reward) for reward in rewards[first : first + group_size]]
     mean = sum(group) / group_size
@@ -391,10 +402,11 @@ def group_advantage_as_written(name, rewards, i, group_size):
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce"])
 def test_group_advantages_against_loops(name):
-    """GRPO with ORZ's defect (divided by True), with groups mixed up, or with the mean over all questions."""
+    """Fails if GRPO has ORZ's defect (it divides by True), if groups are mixed up, or if the mean is taken over all
+    questions."""
     rng = np.random.default_rng(3)
     rewards, lens = rng.integers(0, 2, 12).astype(np.float32), rng.integers(1, 6, 12)
-    rewards[4:8] = 1.0  # a group that agrees teaches nothing
+    rewards[4:8] = 1.0  # a group with equal rewards teaches nothing
     batch = SimpleNamespace(rewards=rewards, response_lens=lens)
     expected = []
     for i in range(12):
@@ -408,12 +420,13 @@ def test_group_advantages_against_loops(name):
     np.testing.assert_allclose(batch.advantages, expected, rtol=1e-5, atol=1e-6)
     assert metrics == {"advantage_abs": pytest.approx(np.abs(expected).mean(), rel=1e-5)}
     equal = batch.advantages[lens[:4].sum() : lens[:8].sum()]
-    assert name == "reinforce" or (equal == 0).all()  # whose mean over tokens is another
+    assert name == "reinforce" or (equal == 0).all()  # `reinforce` also subtracts the mean over all tokens
 
 
 @pytest.mark.parametrize("name", ppo.GROUP_ADVANTAGES)
 def test_group_advantages_have_a_number_for_every_token(name):
-    """One that a fork has added returns fp64, an advantage for each response, or NaN for a group that agrees."""
+    """Fails if an estimator, such as one that a fork has added, returns fp64, one advantage per response, or NaN for a
+    group of equal rewards."""
     groups = np.array([[1, 0, 0.5], [1, 1, 1]], np.float32)
     advantages = ppo.GROUP_ADVANTAGES[name](groups, np.array([2, 0, 3, 1, 4, 2]))
     assert advantages.dtype == np.float32 and advantages.shape == (12,)
@@ -421,7 +434,8 @@ def test_group_advantages_have_a_number_for_every_token(name):
 
 
 def test_group_advantages_are_those_that_a_config_may_name():
-    """A function that no config can choose, or a name without a function; the critic's is the one beside them."""
+    """Fails if no config can choose a function, or if a legal name has none. Only "gae", the name beside them, has a
+    critic."""
     _, legal = documentation()["advantage"]
     names = [name for name in re.findall(r'"(\w+)"', legal)]
     assert sorted(names) == sorted([*ppo.GROUP_ADVANTAGES, "gae"])
@@ -429,14 +443,15 @@ def test_group_advantages_are_those_that_a_config_may_name():
 
 
 def test_rloo_is_dr_grpo_for_large_groups():
-    """Limiting case: what a response adds to its own baseline vanishes with the size of the group."""
+    """Limiting case: the share that a response has in its own group's mean vanishes with the size of the group."""
     groups = np.random.default_rng(0).integers(0, 2, (3, 1000)).astype(np.float32)
     lens = np.ones(3000, np.int64)
     np.testing.assert_allclose(ppo.rloo(groups, lens), ppo.dr_grpo(groups, lens), rtol=2e-3)
 
 
 def test_returns_with_a_lambda_of_their_own():
-    """VAPO's decoupled λ: the advantages take the critic's λ, or the critic the policy's; or equal ones differ."""
+    """VAPO's decoupled λ. Fails if the advantages use the critic's λ, if the returns use the policy's, or if equal
+    ones give a different result."""
     lengths = [4, 0, 7, 1]
     rng = np.random.default_rng(0)
     for lam, critic_lam in [(0.9, 1.0), (0.9, 0.9), (1.0, 0.5), (1.0, 1.0)]:
@@ -451,14 +466,15 @@ def test_returns_with_a_lambda_of_their_own():
         np.testing.assert_allclose(batch.returns, returns, atol=1e-5)
         assert metrics["value_mean"] == pytest.approx(batch.values.mean(), rel=1e-5)
         assert metrics["advantage_abs"] == pytest.approx(np.abs(advantages).mean(), rel=1e-5)
-        # Normalised, the same advantages have mean 0 and deviation 1; the metric is still of those before.
+        # The same advantages are now normalised; the metric is still that of the unnormalised ones.
         again = ppo.set_advantages(batch, settings_with(lam=lam, critic_lam=critic_lam))
         np.testing.assert_allclose(batch.advantages, ppo.normalise(advantages.astype(np.float32)), atol=1e-4)
         assert again == metrics
 
 
 def test_samples_that_the_policy_skips():
-    """The wrong group is dropped, a group of equal wrong ones is kept, or a response that ended by itself is lost."""
+    """Fails if the wrong group is dropped, if a group of equal rewards is kept, or if a response that ended by itself
+    is lost."""
     rewards = [1, 1, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5, 0.5]
     batch = make_batch([2] * 12, rewards)
     batch.cut_off[[4, 9]] = True
@@ -481,7 +497,7 @@ def test_samples_that_the_policy_skips():
 
 
 def test_the_batch_knows_what_was_cut_off():
-    """A response that ended at its last allowed token by itself counts as cut off."""
+    """Fails if a response that ended by itself with its last allowed token counts as cut off."""
     ids = np.zeros(2, np.int32)
     samples = [
         packing.Sample(0, ids, ids, np.zeros(2, np.float32), "", reason) for reason in ("stop", "length")
@@ -490,7 +506,8 @@ def test_the_batch_knows_what_was_cut_off():
 
 
 def test_clip_higher():
-    """DAPO's second ε clips below 1 instead of above; with the same ε on both sides the loss is not plain PPO's."""
+    """Fails if DAPO's second ε clips below 1 instead of above, or if the loss with the same ε on both sides is not
+    plain PPO's."""
     ratios = torch.tensor([0.5, 0.79, 0.9, 1.0, 1.21, 1.29, 2.0], dtype=torch.float64).repeat(2)
     advantages = torch.tensor([1.5] * 7 + [-1.5] * 7, dtype=torch.float64)
     old_logprobs = torch.zeros(14, dtype=torch.float64)
@@ -504,12 +521,12 @@ def test_clip_higher():
 
 
 def test_kl_estimators_by_enumeration():
-    """An estimator of KL(q‖p), of another sign, or one whose gradient is not what its docstring says."""
+    """Fails if an estimator is one of KL(q‖p), has the other sign, or has another gradient than its docstring says."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 
     def expectation(estimator):
-        """Over all four outcomes of the policy, as over infinitely many samples; with its gradient as a loss."""
+        """The estimator's mean over all four outcomes, as over infinitely many samples, and its gradient as a loss."""
         logp = logits.log_softmax(0)
         probabilities = logp.detach().exp()
         estimates = ppo.kl_estimate(q.log() - logp, estimator)
@@ -534,7 +551,7 @@ OFF = {"importance_cap": 0.0, "importance_token_band": [0, 0], "importance_respo
 
 
 def weights_as_written(logps, sampler_logps, lens, cap, token_band, response_band):
-    """The weight of every token, one at a time."""
+    """The weight of every token, computed one token at a time."""
     weights, start = [], 0
     for length in lens:
         ratios = [math.exp(logps[t] - sampler_logps[t]) for t in range(start, start + length)]
@@ -559,7 +576,8 @@ def weights_as_written(logps, sampler_logps, lens, cap, token_band, response_ban
     seed=st.integers(0, 999),
 )
 def test_importance_weights_against_loops(lens, cap, token_band, response_band, seed):
-    """The ratio upside down, a band's end forgotten, the mean of another response, or an empty one that spoils all."""
+    """Fails if the ratio is inverted, if an end of a band is ignored, if a response gets another one's mean, or if an
+    empty response spoils the others."""
     rng = np.random.default_rng(seed)
     logps, sampler_logps = -rng.exponential(1.0, (2, sum(lens)))
     cfg = SimpleNamespace(
@@ -575,7 +593,8 @@ def test_importance_weights_against_loops(lens, cap, token_band, response_band, 
 
 
 def test_importance_weights_at_their_limits():
-    """Where both policies agree the weights are 1; without a cap they are the whole ratio; wide bands mask nothing."""
+    """Where both policies agree, every weight is 1. With an infinite cap a weight is the whole ratio, and wide bands
+    mask nothing."""
     log_ratio = torch.tensor([0.5, -2.0, 3.0, 0.0])
     for name, value in [("importance_cap", 2.0), ("importance_token_band", [0.5, 5.0])]:
         weights, shares = ppo.importance_weights(
@@ -592,16 +611,18 @@ def test_importance_weights_at_their_limits():
 
 
 def test_loss_denominators():
-    """An average over the responses of one rank, or one that counts the tokens of samples that are not trained on."""
+    """Fails if the denominator counts the responses of one rank only, or the tokens of samples that are not trained
+    on."""
     batch = make_batch([3, 5, 0, 2, 9])
-    plan = [[[0, 1], []], [[3], [2]]]  # of two ranks, without the last sample
+    plan = [[[0, 1], []], [[3], [2]]]  # for two ranks, without the last sample
     assert ppo.loss_denominator(batch, plan, "token", 10) == 3 + 5 + 2 + 0
     assert ppo.loss_denominator(batch, plan, "response", 10) == 4
     assert ppo.loss_denominator(batch, plan, "constant", 10) == 40
 
 
 def test_updates_of_a_schedule():
-    """A resume that counts the critic's first steps as updates of the policy: its warm-up would be over at once."""
+    """Fails if a resume counts the steps of critic warm-up as updates of the policy, whose own warm-up would then be
+    over at once."""
     cfg = settings_with(
         critic_warmup_steps=3, policy_updates_per_step=2, critic_updates_per_step=5, epochs_per_step=2
     )
@@ -616,7 +637,8 @@ def test_updates_of_a_schedule():
 
 
 def test_epochs_take_every_sample_again():
-    """A second pass that repeats the first one's split, or that leaves samples out; samples that nobody asked for."""
+    """Fails if a second pass splits the samples as the first one did, leaves samples out, or takes samples that were
+    not asked for."""
     batch = make_batch([3] * 20)
     cfg = SimpleNamespace(max_tokens_per_pack=BUDGET, workers=2, epochs_per_step=3)
     indices = np.array([1, 3, 5, 7, 9, 11, 13])
@@ -629,7 +651,7 @@ def test_epochs_take_every_sample_again():
 
 
 def test_drift_message_names_causes_and_what_to_look_at():
-    """An error that says what went wrong and leaves the reader alone with it, or is longer than what launch.py prints."""
+    """Fails if the error does not say what to look at, or is longer than what launch.py prints."""
     message = ppo.drift_message(0.2512, 14.61, 0.2)
     assert "0.25 apart on average, 15 at most (drift_limit=0.2)" in message
     for cause, place in (
@@ -643,5 +665,5 @@ def test_drift_message_names_causes_and_what_to_look_at():
 
 
 def test_drift_limits():
-    """In bf16 healthy runs of small models have 0.05: a limit of that size stops them."""
+    """Healthy runs of small models in bf16 have a drift of 0.05: a limit of that size would stop them."""
     assert ppo.DRIFT_LIMITS == {torch.float32: 1e-3, torch.bfloat16: 0.2}

@@ -1,4 +1,4 @@
-"""ORZ's recipe around the training core: every config against the paper, fetching the questions, mining hard ones."""
+"""ORZ's recipe around the algorithm: every config against the paper, fetching the questions, mining hard ones."""
 
 import contextlib
 import http.server
@@ -27,8 +27,8 @@ CONFIGS = sorted(
 )
 ORZ = [path for path in CONFIGS if path.stem.startswith("orz_")]
 
-# ORZ's values with where each stands: the paper (arXiv 2503.24290 v2), a script of the repository at its commit 3fdd9a0
-# ("playground": orz_7b_ppo.py and, where they have the same line, all others; "base": ppo_base_exp.py), or an issue of it.
+# ORZ's values, with the source of each: the paper (arXiv 2503.24290 v2), a script of its repository at commit 3fdd9a0
+# ("playground": orz_7b_ppo.py, and the other sizes where they have the same line; "base": ppo_base_exp.py), or an issue.
 RECIPE = {
     "policy_lr": (1e-6, "paper, section 2.3; playground: actor_learning_rate"),
     "critic_lr": (5e-6, "paper, section 2.3; playground: critic_learning_rate"),
@@ -83,7 +83,7 @@ SIZES = {  # config → model, GPUs, tensor parallel, steps, training files
     "orz_32b_anneal": ("runs/orz_32b/policy", 128, 4, 100, ["13k_hard"]),
     "orz_r1_distill_14b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", 64, 2, 300, ["13k_hard"]),
 }
-# What ORZ's runs do not use, and its value where it is off.
+# Settings that ORZ's runs do not use, with the values that turn them off.
 VARIANTS = {
     "task": "",
     "normalise_advantages": True,
@@ -101,7 +101,7 @@ VARIANTS = {
     "drop_equal_groups": False,
     "drop_cut_off": False,
 }
-# What says where, on what, how fast and how long it runs.
+# Settings that say where, on which model and data, how fast and how long a run works, and what it records.
 OPERATION = """model train_data eval_data prompt_template trust_remote_code out_dir name seed steps debug dry_run eval_only
     tensor_parallel workers dtype gpu_memory gpu_memory_utilization phase_timeout max_num_seqs max_num_batched_tokens
     on_nonfinite drift_limit max_restarts keep_checkpoints samples_every report_samples
@@ -112,12 +112,13 @@ OPERATION = """model train_data eval_data prompt_template trust_remote_code out_
 
 
 def test_every_size_is_in_the_table():
-    """A config is added, and nothing checks its numbers."""
+    """Fails if a config is added and no test checks its numbers."""
     assert [path.stem for path in ORZ] == sorted(SIZES)
 
 
 def test_every_setting_has_its_place():
-    """A setting is in two lists, or in one but no more in base.py; what is in none must stay as base.py has it."""
+    """Fails if a setting is in two of the lists, or in one but no longer in base.py. A setting in none of them must
+    keep its value of base.py."""
     placed = [*RECIPE, *VARIANTS, *OPERATION]
     assert len(placed) == len(set(placed)) and set(placed) <= set(read_file(BASE))
     assert all(source for _, source in RECIPE.values())
@@ -125,12 +126,13 @@ def test_every_setting_has_its_place():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_config_is_orz(name):
-    """A number of the recipe is changed for one size, or drifts in base.py; or a file name is none that is fetched."""
+    """Fails if one size or base.py has another number than the recipe, or if a file name is not one that prepare.py
+    fetches."""
     cfg = load([str(ROOT / "configs" / f"{name}.py")])
     values = {key: value for key, (value, _) in RECIPE.items()}
     assert {key: getattr(cfg, key) for key in RECIPE} == values | OTHERS.get(name, {})
     assert {key: getattr(cfg, key) for key in VARIANTS} == VARIANTS
-    for key, value in read_file(BASE).items():  # a setting that a fork has added: off here
+    for key, value in read_file(BASE).items():  # a setting that a fork has added has its default, off, here
         assert key in [*RECIPE, *VARIANTS, *OPERATION] or getattr(cfg, key) == value, key
     model, workers, tensor_parallel, steps, training = SIZES[name]
     assert (cfg.model, cfg.workers, cfg.tensor_parallel) == (model, workers, tensor_parallel)
@@ -145,14 +147,15 @@ def test_config_is_orz(name):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_short(path):
-    """A config grows until it is base.py with other numbers, and nobody sees what differs."""
+    """Fails if a config grows into a copy of base.py with other numbers, in which nobody sees what differs."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 40
     load([str(path)])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_debug_shrinks_it(path):
-    """A run of minutes still asks for the GPUs, the model or the data of the long one; or forgets what is studied."""
+    """Fails if a debug run of minutes still asks for the GPUs, model or data of the long one, or loses the setting
+    that is studied."""
     cfg, whole = load([str(path), "--debug=True", "--steps=5"]), load([str(path)])
     assert (cfg.workers, cfg.tensor_parallel, cfg.steps) == (1, 1, 5)  # the command line comes last
     assert cfg.model == str(ROOT / "data/tiny") and cfg.name == f"{path.stem}_debug"
@@ -165,14 +168,15 @@ def test_debug_shrinks_it(path):
 
 @pytest.mark.parametrize("path", ORZ, ids=lambda path: path.stem)
 def test_config_holds_only_what_differs(path):
-    """A line repeats base.py's value, and keeps it when base.py is put right."""
+    """Fails if a line repeats base.py's value: it would stay when base.py is corrected."""
     base = read_file(BASE)
     assert [key for key, value in read_file(path).items() if value == base[key]] == []
 
 
 @pytest.mark.parametrize("path", ORZ, ids=lambda path: path.stem)
 def test_config_says_how_to_run_it(path):
-    """The header is another config's: a command that starts something else, arithmetic that is not this run's."""
+    """Fails if the header is another config's: a command that starts something else, or arithmetic that is not this
+    run's."""
     text = path.read_text(encoding="utf-8")
     head, cfg = text.split('"""')[1], load([str(path)])
     assert f"python launch.py configs/{path.name} " in head and "Not run by us." in head
@@ -187,7 +191,7 @@ def test_config_says_how_to_run_it(path):
 
 
 def test_the_page_of_the_sizes_quotes_the_plan():
-    """Numbers of tools/plan.py are typed into the page and stay when the plan changes."""
+    """Fails if the page has numbers that tools/plan.py no longer prints."""
     lines = []
     for tensor_parallel in (1, 2, 4):
         cfg = load([str(ROOT / "configs/orz_32b.py"), f"--tensor_parallel={tensor_parallel}"])
@@ -199,7 +203,7 @@ def test_the_page_of_the_sizes_quotes_the_plan():
 
 # ---- Variants, as whole runs -----------------------------------------------------------------------------------
 
-WHOLE_RUNS = {  # what is trained with → metrics that exist beside those of the defaults
+WHOLE_RUNS = {  # arguments of a run → metrics that it has beside those of the defaults
     "--critic_warmup_steps=1": [],
     "--epochs_per_step=2 --clip_eps_high=0.28": ["approx_kl"],
     "--lam=0.95 --critic_lam=0.9 --normalise_advantages=False": [],
@@ -222,7 +226,8 @@ WHOLE_RUNS = {  # what is trained with → metrics that exist beside those of th
 @pytest.mark.soak
 @pytest.mark.parametrize("arguments", WHOLE_RUNS)
 def test_a_whole_run_with_a_variant(arguments, tmp_path):
-    """A variant that is right as a formula, and stops a run: an array nobody computes, a network nobody loads."""
+    """Fails if a variant, whose formula may be right, stops a run: nobody computes an array that it needs, or loads a
+    network."""
     code, out, err = run(tmp_path, "--name=a", *QUICK, "--workers=2", *arguments.split())
     assert code == 0, out + err
     rows = metrics(tmp_path / "a")
@@ -236,7 +241,7 @@ def test_a_whole_run_with_a_variant(arguments, tmp_path):
 
 @pytest.mark.soak
 def test_no_response_is_left_to_train_on(tmp_path):
-    """All groups agree in a step: an empty plan ends the run, or stands in for an update and is counted."""
+    """Fails if a step in which all groups have equal rewards ends the run, or counts as an update of the policy."""
     sizes = ["--steps=6", "--prompts_per_step=2", "--samples_per_prompt=2", "--eval_every=-1"]
     code, out, err = run(tmp_path, "--name=a", *sizes, "--drop_equal_groups=True", "--clip_eps_high=0.28")
     assert code == 0, out + err
@@ -249,7 +254,8 @@ def test_no_response_is_left_to_train_on(tmp_path):
 
 @pytest.mark.soak
 def test_schedules_go_on_where_they_were(tmp_path):
-    """After a resume the critic learns alone again, the warm-up begins anew, or the reference is the base model."""
+    """Fails if after a resume the critic is trained alone again, warm-up starts again, or the reference is the base
+    model."""
     schedule = ["--critic_warmup_steps=2", "--epochs_per_step=2", "--warmup_steps=9"]
     schedule += ["--kl_loss_coef=0.1", "--update_ref_every=2", "--workers=2"]
     whole = run(tmp_path, "--name=whole", *QUICK, *schedule, "--steps=5")
@@ -271,7 +277,7 @@ def test_schedules_go_on_where_they_were(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A folder, and the address under which this machine serves it."""
+    """A folder, and the address at which this machine serves it."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -280,7 +286,9 @@ def server(tmp_path):
         def log_message(self, *_):
             pass
 
-        def send_header(self, name, value):  # of a "cut" file only half of what is announced comes
+        def send_header(
+            self, name, value
+        ):  # a file named "cut" is announced as twice as long as what is sent
             longer = name == "Content-Length" and "cut" in self.path
             super().send_header(name, str(2 * int(value)) if longer else value)
 
@@ -304,12 +312,13 @@ def dialogues(count):
 
 
 def jsonl(count):
-    """As AIME 2025 is stored on the hub: without a line end behind the last question."""
+    """Questions as AIME 2025 is stored on the hub: without a newline after the last one."""
     return "\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(count))
 
 
 def test_fetch_all(server, tmp_path, monkeypatch, capsys):
-    """A set lands under another name than the configs use, a second call fetches everything again."""
+    """Fails if a data set is saved under another name than the configs use, or if a second call fetches everything
+    again."""
     folder, address = server
     for theirs, least, _ in prepare.ORZ_FILES.values():
         (folder / theirs).write_text(dialogues(least))
@@ -331,7 +340,7 @@ def test_fetch_all(server, tmp_path, monkeypatch, capsys):
         assert path.read_bytes() == (folder / theirs).read_bytes()
         assert f"{path}: {least:,} questions, {path.stat().st_size:,} bytes" in said
     shutil.rmtree(folder)
-    assert prepare.main(["orz"]) == 0  # all there: nothing is fetched
+    assert prepare.main(["orz"]) == 0  # all files are there, so nothing is fetched
     (tmp_path / "data/orz/math500.json").write_text(dialogues(499))
     assert prepare.main(["orz"]) == 1 and "math500.json" in capsys.readouterr().err
 
@@ -351,7 +360,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_answer_leaves_nothing(name, server, tmp_path):
-    """An error page, half a file or a pointer to one is kept as the training set."""
+    """Fails if an error page, half a file or a Git LFS pointer is kept as a data set."""
     folder, address = server
     content, words = BAD[name]
     if content is not None:
@@ -364,7 +373,7 @@ def test_bad_answer_leaves_nothing(name, server, tmp_path):
 
 
 def test_no_connection(tmp_path, monkeypatch, capsys):
-    """A machine without a connection gets a traceback, an empty folder, or exit code 0."""
+    """Fails if a machine without a connection gets a traceback, an empty folder, or exit code 0."""
     monkeypatch.setattr(prepare, "ORZ", "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     assert prepare.main(["orz"]) == 1
@@ -374,17 +383,18 @@ def test_no_connection(tmp_path, monkeypatch, capsys):
 
 
 def test_first_use_fetches(server, tmp_path, monkeypatch):
-    """The first thing anyone sees who runs a config of ORZ's: "cannot be read as UTF-8 text: No such file"."""
+    """Fails if the first run of an ORZ config only says "cannot be read as UTF-8 text: No such file" instead of
+    fetching its data."""
     folder, address = server
     (folder / "eval_data/aime2024.json").write_text(dialogues(30))
     monkeypatch.setattr(prepare, "ORZ", address)
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     (path,) = (path for path in load([str(ROOT / "configs/orz_7b.py")]).eval_data if "aime2024" in path)
-    path = f"data/orz/{Path(path).name}"  # as the config has it, where nothing was fetched yet
+    path = f"data/orz/{Path(path).name}"  # as the config has it while nothing has been fetched
     place = prepare.fetched(path)
     assert place == str(tmp_path / path) and len(load_questions(place)) == 30
     shutil.rmtree(folder)
-    assert prepare.fetched(place) == place  # at its second use it is there
+    assert prepare.fetched(place) == place  # the second time the file is there
     for other in ("data/orz/mine.json", "elsewhere/math500.json", f"{tmp_path}/elsewhere/math500.json"):
         assert prepare.fetched(other) == other  # a file of the user's own
     shutil.rmtree(tmp_path / "data")
@@ -396,14 +406,14 @@ def test_first_use_fetches(server, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv", [[], ["orzz"], ["orz", "57k"], ["--help"]])
 def test_bad_usage(argv, capsys):
-    """A misspelt set ends in a KeyError."""
+    """Fails if a misspelt name of a data set ends in a KeyError."""
     assert prepare.main(argv) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.skipif(not ORZ_DATA.is_dir(), reason=f"no folder {ORZ_DATA}; ORZ_DATA names another")
 def test_evaluation_sets_are_as_many_as_expected():
-    """A count in the table refuses the true file."""
+    """Fails if a count in the table would refuse the true file."""
     for name in ("aime2024.json", "math500.json", "gpqa_diamond.json"):
         _, least, most = prepare.ORZ_FILES[name]
         assert least <= len(load_questions(str(ORZ_DATA / name))) <= most
@@ -418,7 +428,8 @@ def mine(*argv):
 
 
 def write_step(run, step, results, choices=None, rewards=(0.0, 1.0)):
-    """samples/step_N.jsonl as log.py writes it. results: question → (attempts, solved); rewards: if wrong, if right."""
+    """samples/step_N.jsonl as log.py writes it. results: question → (attempts, solved); rewards: (if wrong, if
+    right)."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -447,8 +458,8 @@ def write_step(run, step, results, choices=None, rewards=(0.0, 1.0)):
 
 
 def test_hard_questions_of_a_run(tmp_path):
-    """A question solved 4 times in 64 counts as hard, 3 in 64 does not; one of a short run does; epochs add up wrong;
-    evaluation's held-out questions are trained on."""
+    """A question is hard if it is solved fewer than 4 times in 64 attempts, over all epochs. Fails if the limit is off
+    by one, if a question with fewer than 64 attempts counts, or if held-out questions of an evaluation are written."""
     write_step(tmp_path, 2, {"three": (64, 3), "four": (64, 4), "never\u2028 ½": (64, 0)})
     write_step(tmp_path, 10, {"seven of 128": (64, 4), "eight of 128": (64, 4), "too few": (63, 0)})
     write_step(tmp_path, 11, {"seven of 128": (64, 3), "eight of 128": (64, 4)})
@@ -460,14 +471,15 @@ def test_hard_questions_of_a_run(tmp_path):
     assert [(q.question, q.answer, q.choices) for q in hard] == [(name, f"{name}!", None) for name in names]
     first, second, third = done.stdout.splitlines()
     assert first.startswith("6 questions, 1 of them with fewer than 64 attempts")
-    assert second == "3 of the other 5 solved fewer than 4 times in 64, 1 never"
+    assert second == "3 of the other 5 were solved fewer than 4 times in 64, 1 never"
     assert str(tmp_path / "hard.jsonl") in third
     done = mine(tmp_path, "--fewer_than=5", "--of=63", f"--out={tmp_path}/more.jsonl")
     assert done.returncode == 0 and len(load_questions(str(tmp_path / "more.jsonl"))) == 6
 
 
 def test_rewards_do_not_say_what_is_right(tmp_path):
-    """A run with rewards of its own: a wrong answer that is paid for its form counts as solved, a right one as failed."""
+    """Fails if, in a run with rewards of its own, a wrong answer that is rewarded for its form counts as solved, or a
+    right one with a penalty as failed."""
     paid = {"question": "paid for its form", "answer": "1", "reward": 0.3, "correct": False}
     late = {"question": "right, but too long", "answer": "1", "reward": -0.5, "correct": True}
     older = {"question": "of an older version", "answer": "1", "reward": 1.0}
@@ -480,16 +492,16 @@ def test_rewards_do_not_say_what_is_right(tmp_path):
 
 @pytest.mark.parametrize("rewards", [(0.3, 1.3), (-0.5, 0.5), (0.3, -0.5)])
 def test_the_verdict_decides_and_not_the_reward(rewards, tmp_path):
-    """With partial credit or a penalty for length, every question counts as solved, or none does."""
+    """Fails if with partial credit or a penalty for length every question counts as solved, or none does."""
     write_step(tmp_path, 1, {"three": (64, 3), "four": (64, 4), "never": (64, 0)}, rewards=rewards)
     done = mine(tmp_path)
     assert done.returncode == 0, done.stderr
     assert [q.question for q in load_questions(str(tmp_path / "hard.jsonl"))] == ["three", "never"]
-    assert done.stdout.splitlines()[1] == "2 of the other 3 solved fewer than 4 times in 64, 1 never"
+    assert done.stdout.splitlines()[1] == "2 of the other 3 were solved fewer than 4 times in 64, 1 never"
 
 
 def test_choices_survive(tmp_path):
-    """A multiple-choice question is trained on without its choices, and its letter is graded as a formula."""
+    """Fails if a multiple-choice question loses its choices, so that its letter would be graded as a formula."""
     question = "Which? A. this B. that"
     write_step(tmp_path, 1, {question: (64, 0)}, {f"{question}!": "this", "B": "that"})
     assert mine(tmp_path).returncode == 0
@@ -497,7 +509,8 @@ def test_choices_survive(tmp_path):
 
 
 def test_mining_errors_are_one_line(tmp_path):
-    """A run without samples, a broken line or a misspelt option ends in a traceback, or in an empty training file."""
+    """Fails if a run without samples, a broken line or a misspelt option ends in a traceback or in an empty training
+    file."""
     (tmp_path / "broken/samples").mkdir(parents=True)
     whole = '{"question": "q", "answer": "a", "correct": false, "reward": 0.0}\n'
     (tmp_path / "broken/samples/step_1.jsonl").write_text(whole + '{"quest')

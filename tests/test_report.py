@@ -1,4 +1,4 @@
-"""The report: it shows what was recorded, all of it, and what a model wrote stays text. In headless Chromium, too."""
+"""The report shows all that was recorded, and what a model wrote stays text. Some tests open it in headless Chromium."""
 
 import base64
 import gzip
@@ -25,7 +25,7 @@ WORDS = ["7", "+", "8", "=", "15", "\n", "so ", "wait, ", "</think>", "\\boxed{1
 
 
 def make_run(folder, steps=3, responses=8, hostile=False, critic=True, seed=0):
-    """A run's folder as a run leaves it: metrics, and per-token records of training steps and of two evaluations."""
+    """The folder that a run leaves: metrics, and per-token records of its training steps and of two evaluations."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     rows = []
@@ -59,7 +59,7 @@ def make_run(folder, steps=3, responses=8, hostile=False, critic=True, seed=0):
 
 
 def write_record(folder, name, rng, count, hostile, quantities):
-    """A record of `count` responses, the first of them right and long, the second cut off."""
+    """A record of `count` responses; the first is right and the longest, the second is cut off."""
     lengths = rng.integers(1, 30, count).astype(np.int32)
     lengths[0] = 31
     words = [WORDS[i] for i in rng.integers(0, len(WORDS), lengths.sum())]
@@ -99,7 +99,7 @@ def command(*arguments):
 
 
 def payloads(path):
-    """What a report holds: the index, and the bytes of every payload by its id."""
+    """The index of a report, and {payload id: its bytes, unpacked}."""
     page = path.read_text(encoding="utf-8")
     index = re.search(r'<script type="application/json" id="index">(.*?)</script>', page)[1]
     found = re.findall(r'<script type="text/plain" id="(\w+)">([\w+/=]*)</script>', page)
@@ -111,7 +111,8 @@ def payloads(path):
 
 @pytest.mark.parametrize("critic", [True, False], ids=["with a critic", "without"])
 def test_it_holds_as_many_numbers_as_tokens(tmp_path, critic):
-    """Tokens and advantages get out of step with each other: each token then has the colour of another one."""
+    """Fails if tokens and their numbers get out of step, so that the report colours a token by the advantage of
+    another one."""
     folder = make_run(tmp_path / "a", critic=critic)
     assert report.main([str(folder)]) == 0
     index, found = payloads(folder / "report.html")
@@ -144,20 +145,21 @@ def test_it_holds_as_many_numbers_as_tokens(tmp_path, critic):
 
 
 def test_nothing_that_a_model_wrote_is_part_of_the_page(tmp_path):
-    """`</script>` in a response ends the script, and what follows it runs."""
+    """Fails if text that a model wrote reaches the page unencoded: `</script>` in a response would end the script, and
+    what follows it would be run."""
     folder = make_run(tmp_path / "<script>{{data}}", hostile=True)
     assert report.main([str(folder)]) == 0
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "owned" not in page and "<script>{{" not in page
     assert page.count("</script>") == page.count("<script")
-    # Of uPlot and the page itself two scripts run; all others are data.
+    # Two scripts are run, uPlot's and the page's own; all others hold data.
     assert len(re.findall(r"<script>", page)) == 2
     # Nothing is fetched from elsewhere.
     assert not re.findall(r'(?:src|href)="?http|@import|url\(', page)
 
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys):
-    """A wrong folder ends in a traceback; a damaged file takes the whole report with it."""
+    """Fails if a wrong folder ends in a traceback, or if one damaged file prevents the whole report."""
     folder = make_run(tmp_path / "a")
     for arguments, expected in (
         ([], "python tools/report.py RUN"),
@@ -181,7 +183,8 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
 
 
 def test_a_run_without_records_still_has_curves(tmp_path):
-    """An older run, or report_samples = 0, gives no report at all, or an empty one without a reason."""
+    """Fails if a run without per-token records (an older run, or report_samples = 0) gets no report, or an empty one
+    without a reason."""
     folder = make_run(tmp_path / "a")
     for file in folder.glob("tokens/*"):
         file.unlink()
@@ -194,7 +197,8 @@ def test_a_run_without_records_still_has_curves(tmp_path):
 
 @pytest.mark.parametrize("most_tokens", [0, 200, 1000, 10**9])
 def test_of_too_many_tokens_steps_are_left_out_evenly(tmp_path, most_tokens):
-    """A month's run makes a page that no browser opens; or its last step, or its evaluations, are not in it."""
+    """Fails if the report of a long run grows too large for a browser, or leaves out the first or last step or an
+    evaluation."""
     folder = make_run(tmp_path / "a", steps=20)
     files = report.token_files(folder)
     shown, note = report.choose_files(files, most_tokens)
@@ -215,7 +219,7 @@ def settings(tmp_path, **more):
 
 
 def test_a_report_that_fails_does_not_end_the_run(tmp_path, capsys):
-    """The run waits for the report, ends with it, or never says that there is none."""
+    """Fails if a report that cannot be written ends the run, or if nothing says that there is none."""
     log = Log(settings(tmp_path))
     (log.dir / "metrics.jsonl").unlink()
     log.report()
@@ -227,7 +231,7 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, capsys):
 
 
 def test_a_newer_report_takes_the_place_of_one_that_is_being_made(tmp_path):
-    """An old report that takes longer overwrites the new one, or leaves its half behind."""
+    """Fails if an older report that takes longer overwrites the newer one, or leaves a half-written file behind."""
     log = Log(settings(tmp_path))
     (log.dir / "metrics.jsonl").write_text(json.dumps({"step": 0, "seconds": {}}) + "\n")
     log.report()
@@ -249,7 +253,7 @@ def test_without_recorded_samples_a_run_makes_no_report(tmp_path):
 
 
 def test_a_run_leaves_a_report(undisturbed):
-    """The report of the last evaluation is not finished when the run ends."""
+    """Fails if the run ends before the report of the last evaluation is written."""
     index, found = payloads(undisturbed / "report.html")
     run = json.loads(found[index["runs"][0]])
     assert run["steps"] == list(range(7)) and [file["step"] for file in run["files"]].count(6) == 2
@@ -261,7 +265,7 @@ def test_a_run_leaves_a_report(undisturbed):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    """A browser for all tests of this file. On a machine without one they are skipped, but in CI that is a failure."""
+    """A browser for all tests of this file. On a machine without one these tests are skipped; in CI they fail."""
     if browser.CHROMIUM is None:
         reason = "no chromium: `apt-get install chromium`"
         if os.environ.get("CI") == "true":
@@ -273,7 +277,8 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium):
-    """A function that opens a report; at the end there must have been no error, and no request but for the page."""
+    """A function that opens a report. When the test ends, the page must have reported no error and requested nothing
+    but itself."""
     chromium.errors.clear()
     chromium.requests.clear()
 
@@ -289,7 +294,7 @@ def opened(chromium):
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    """A report of two runs, one of which has samples that mean harm and the other no critic."""
+    """A report of two runs: the first has hostile samples, and the second has no critic."""
     folder = tmp_path_factory.mktemp("runs")
     first = make_run(folder / "first", hostile=True)
     second = make_run(folder / "second", critic=False, seed=1)
@@ -304,7 +309,8 @@ def count_of(page):
 
 
 def test_the_first_screen(opened, two_runs):
-    """The same questions stand side by side, then and now; the table has each set's first and last numbers."""
+    """The first screen shows responses to the same questions at an early and a late step side by side; its table has
+    the first and last scores of each evaluation set."""
     page = opened(two_runs)
     table = page.text("#sets")
     assert re.search(r"math\s+20\.0% → 50\.0%\s+0\.200 → 0\.200\s+9 → 9", table), table
@@ -318,7 +324,7 @@ def test_the_first_screen(opened, two_runs):
 
 
 def test_curves_of_two_runs_lie_over_each_other(opened, two_runs):
-    """Only one run is drawn, or hovering shows no numbers."""
+    """Fails if only one of two runs is drawn, or if hovering over a curve shows no numbers."""
     page = opened(two_runs)
     page.click("nav button", 1)
     panels = page.run("[...document.querySelectorAll('#curves h3')].map((title) => title.textContent)")
@@ -330,12 +336,12 @@ def test_curves_of_two_runs_lie_over_each_other(opened, two_runs):
     labels = page.text("#curves .chart[data-metrics='seconds/policy'] .u-legend")
     assert "first" in labels and "second" in labels
     length = "#curves .chart[data-metrics='response_tokens']"
-    assert re.search(r"first\s*13", page.text(length))  # of the last step
+    assert re.search(r"first\s*13", page.text(length))  # the value of the last step
     x, y = page.middle(f"{length} .u-over")
     left, width = page.run(
         f'(() => {{ const b = document.querySelector("{length} .u-over").getBoundingClientRect(); return [b.x, b.width]; }})()'
     )
-    page.move(left + width * 0.34, y)  # of steps 0 to 3 the first
+    page.move(left + width * 0.34, y)  # over step 1; the axis goes from 0 to 3
     page.wait(f'/step\\s*1/.test(document.querySelector("{length}").innerText)')
     assert re.search(r"first\s*11(?!\d).*second\s*11(?!\d)", page.text(length), re.DOTALL)
     page.type("#find-metric", "seconds")
@@ -343,7 +349,10 @@ def test_curves_of_two_runs_lie_over_each_other(opened, two_runs):
 
 
 def test_samples_are_filtered_and_sorted(opened, two_runs):
-    """A filter shows what it should hide. Training: 2 runs of 3 steps with 8 responses, half of them right, one cut off."""
+    """Fails if a filter shows what it should hide.
+
+    Training has 2 runs of 3 steps with 8 responses each: half of them are right, and one of each step is cut off.
+    """
     page = opened(two_runs, "#samples")
     assert count_of(page) == 48
     page.choose("#filter-set", "")
@@ -371,7 +380,7 @@ def test_samples_are_filtered_and_sorted(opened, two_runs):
 
 
 def test_hovering_a_token_shows_all_its_numbers(opened, two_runs):
-    """The numbers are another token's; a token has no colour."""
+    """Fails if a token shows the numbers of another one, or has no colour."""
     record = token_record.read(two_runs.parent / "first/tokens/step_1.npz")
     page = opened(two_runs, "#samples")
     page.choose("#filter-run", "0")
@@ -381,7 +390,7 @@ def test_hovering_a_token_shows_all_its_numbers(opened, two_runs):
         "[...document.querySelectorAll('#reader .token')].every((token) => token.dataset.value !== undefined)"
     )
     assert page.count("#reader .token") == number == 31
-    # As many advantages as tokens.
+    # There are as many advantages as tokens.
     assert page.count("#reader .token[data-value]") == number
     for t in (0, 5, 30):
         page.hover("#reader .token", t)
@@ -413,7 +422,8 @@ def test_hovering_a_token_shows_all_its_numbers(opened, two_runs):
 
 
 def test_a_hostile_sample_does_nothing(opened, two_runs):
-    """What a model wrote is run, or makes an element, wherever it is shown: as question, answer, prompt or token."""
+    """Fails if a model's text is run, or becomes an HTML element, wherever it is shown: as question, answer, prompt or
+    token."""
     page = opened(two_runs)
     title = page.run("document.title")
     for view in range(4):
@@ -437,7 +447,7 @@ def test_a_hostile_sample_does_nothing(opened, two_runs):
 
 
 def test_one_question_over_the_steps(opened, two_runs):
-    """Answers to different questions, or out of order."""
+    """Fails if the list holds answers to other questions, or has them out of order."""
     page = opened(two_runs, "#question")
     page.type("#find-question", "2+8")
     assert "2+8" in page.text("#answers .question")
@@ -458,7 +468,8 @@ def test_dark_and_light(opened, two_runs):
 
 
 def test_ten_thousand_responses(opened, tmp_path):
-    """Every response gets an element of its own, and the page is slow to open, to scroll and to filter."""
+    """Fails if every response gets an HTML element of its own, which makes the page slow to open, scroll and
+    filter."""
     folder = make_run(tmp_path / "many", steps=20, responses=500)
     assert report.main([str(folder)]) == 0
     page = opened(folder / "report.html", "#samples")

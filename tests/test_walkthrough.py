@@ -1,4 +1,4 @@
-"""docs/walkthrough.md: every number in it follows from the recorded step, by the project's own functions."""
+"""docs/walkthrough.md: every number in it follows from the recorded step, computed by the project's own functions."""
 
 import re
 import sys
@@ -21,21 +21,23 @@ def step():
 
 
 def test_every_block_is_what_the_code_computes(step):
-    """GAE, a loss or a pack changes, and the page that teaches it still shows the old numbers."""
+    """Fails if GAE, a loss or a pack changes and the page that explains it still shows the old numbers."""
     assert walkthrough.with_blocks(PAGE, step) == PAGE
 
 
 def test_every_number_in_the_prose_stands_in_a_block_or_is_a_setting(step):
-    """A sentence quotes a value of an older record."""
+    """Fails if a sentence quotes a number of an older record."""
     blocks = "\n".join(block(step) for block in walkthrough.BLOCKS)
     prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.DOTALL | re.MULTILINE)
     settings = {str(value) for value in vars(step.cfg).values()}
-    for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]|\s*million)", prose):
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]|\s*million)", prose)
+    assert numbers
+    for number in numbers:
         assert number in settings or re.search(rf"(?<![\d.]){number}(?!\d)", blocks), number
 
 
 def test_the_record_agrees_with_what_the_run_measured(step):
-    """The record is made afterwards, from checkpoints; a wrong checkpoint would give another step's values."""
+    """The record is made from checkpoints after the run. Fails if a wrong checkpoint gives another step's values."""
     measured = step.recorded["metrics"]
     assert measured["step"] == walkthrough.STEP
     for name in ("explained_var", "value_mean", "advantage_abs"):
@@ -46,13 +48,13 @@ def test_the_record_agrees_with_what_the_run_measured(step):
 
 
 def test_the_update_followed_the_advantages(step):
-    """The record has the log-probs before and after swapped, or those of another step."""
+    """Fails if the record has the log-probs before and after the update swapped, or those of another step."""
     change = step.logprobs_after - step.logprobs  # [N]
     assert float((change * step.batch.advantages).sum()) > 0
 
 
 def test_what_the_page_says_of_the_four_responses(step):
-    """The sentences around the blocks describe another record."""
+    """Fails if the sentences around the blocks describe another record."""
     wrong, guess, right, lucky = walkthrough.FOLLOWED
     assert [step.samples[i].reward for i in walkthrough.FOLLOWED] == [0.0, 0.0, 1.0, 1.0]
     of_right = step.batch.advantages[list(walkthrough.tokens_of(step, right))]

@@ -1,4 +1,4 @@
-"""Small random models and a tokenizer, written into a test's folder; and transformers' own forward to compare with."""
+"""Small random models and a tokenizer, written into a test's folder; transformers' own forward, to compare with."""
 
 import json
 
@@ -30,8 +30,8 @@ def make_model(
     padding=0,
     **settings,
 ):
-    """A Hugging Face folder: a model of random weights large enough that log-probs differ, and a character tokenizer,
-    which has no pad token and knows nothing of the last `padding` ids."""
+    """Write a Hugging Face folder: a model whose random weights are large enough that log-probs differ, and a
+    tokenizer of single characters, which has no pad token and does not know the last `padding` ids."""
     config = kind(
         vocab_size=VOCABULARY + padding,
         hidden_size=hidden,
@@ -49,7 +49,7 @@ def make_model(
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config)
     for name, parameter in hf.named_parameters():
-        if "bias" in name or "norm" in name:  # initialised to constants: an error in them would not show
+        if "bias" in name or "norm" in name:  # these are initialised to constants, which would hide an error
             parameter.data += torch.randn_like(parameter) / 10
     hf.to(dtype).save_pretrained(path)
     vocabulary = {c: i for i, c in enumerate(CHARACTERS)} | {"<end>": END, "<other end>": OTHER_END}
@@ -87,7 +87,7 @@ def plain_logprobs(hf, prompt_ids, response_ids, temperature=1.0):
 
 
 class PlainCritic(torch.nn.Module):
-    """A value for every response token; parameters named as in a critic's folder."""
+    """A value for every response token; the parameters are named as in a critic's folder."""
 
     def __init__(self, path, head):
         super().__init__()
@@ -127,16 +127,16 @@ class MineForCausalLM(LlamaForCausalLM):
 
 
 def place(batch, i):
-    """Where response i stands in the batch's arrays over response tokens."""
+    """The slice of response i in the batch's arrays over response tokens."""
     return slice(batch.response_starts[i], batch.response_starts[i] + batch.response_lens[i])
 
 
 def bring_code(path):
-    """Turn a Llama folder into one of an architecture that only its own Python files know."""
+    """Turn a Llama folder into one of an architecture that only the folder's own Python files know."""
     (path / "configuration_mine.py").write_text(CONFIG_CODE)
     (path / "modeling_mine.py").write_text(MODEL_CODE)
     classes = {"AutoConfig": "configuration_mine.MineConfig", "AutoModel": "modeling_mine.MineModel"}
     classes["AutoModelForCausalLM"] = "modeling_mine.MineForCausalLM"
     config = json.loads((path / "config.json").read_text())
-    # vLLM has this architecture under its old name
+    # `architectures` keeps its old name, under which vLLM knows this architecture.
     (path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": classes}))

@@ -1,8 +1,8 @@
 """Export a kept checkpoint of a run as Hugging Face folders: python tools/export.py runs/NAME STEP [--model=FOLDER]
 
 In:   runs/NAME/checkpoints/step_STEP.   Out: runs/NAME/policy_step_STEP and critic_step_STEP.
-It takes as many workers as the run had, since each of them holds a part. A run exports its last step by itself.
-Where the folder that the run started from has moved, --model (or --critic_model) says where it is now.
+It needs as many workers as the run had, since each of them loads a part. A run exports its last step by itself.
+If the folder of the model from which the run started has moved, --model (or --critic_model) says where it is now.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for modules there only.
 
 from configs.load import UserError, find  # noqa: E402
 from data.content import model_content  # noqa: E402
@@ -28,8 +28,8 @@ USAGE = __doc__.splitlines()[0]
 def export(folder, step, moved):
     """Write the networks of a checkpoint as Hugging Face folders into the run's folder.
 
-    moved: setting → where the model is now that it names. Raises UserError where there is no such run, checkpoint or model,
-    or where the run is at work.
+    moved: "model" or "critic_model" → the folder where that model is now. Raises UserError where there is no such run,
+    checkpoint or model, or where the run is still at work.
     """
     config = folder / "config.json"
     if not config.exists():
@@ -42,7 +42,7 @@ def export(folder, step, moved):
     find_models(cfg, moved)
     tokenizer = read_tokenizer(cfg.model, f"model={cfg.model!r}", cfg.trust_remote_code)
     tokenizer.chat_template = chat_template(tokenizer, cfg.prompt_template)
-    log = Log(cfg)  # takes the lock of the run
+    log = Log(cfg)  # This takes the run's lock, and refuses a model with other content than the run's.
     workers = WorkerGroup(cfg, log, start_ray(log), StopRequest())
     workers.place()
     workers.start(step)
@@ -52,8 +52,8 @@ def export(folder, step, moved):
 
 
 def find_models(cfg, moved):
-    """Set the models of the run to where they are now. Raises UserError where one is gone, or is another one."""
-    if cfg.critic_model == cfg.model:  # as by default: both have moved
+    """Set the models of the run to where they are now, and their hashes. Raises UserError where one is gone."""
+    if cfg.critic_model == cfg.model:  # the default: both have moved together
         moved.setdefault("critic_model", moved.get("model", cfg.model))
     for setting in ("model", "critic_model"):
         path = find(moved.get(setting, getattr(cfg, setting)))

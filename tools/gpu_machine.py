@@ -1,7 +1,7 @@
 """What a machine with NVIDIA GPUs needs beside Python packages: python tools/gpu_machine.py says what is missing.
 
-`make demo` asks before it installs gigabytes, and each Worker on a GPU before it builds networks. Therefore this imports
-nothing but Python's own library.
+`make demo` runs this before it installs gigabytes of packages, and each Worker on a GPU calls check_worker before it builds
+networks. As a script it therefore imports only Python's standard library.
 """
 
 import os
@@ -33,7 +33,7 @@ def old_driver(version):
 
 
 def missing_tools(environment=os.environ, include=sysconfig.get_path("include")):
-    """What Triton, which compiles a launcher for its kernels, does not find here; one text each."""
+    """What Triton needs, in order to compile a launcher for its kernels, and does not find here; one text each."""
     missing = []
     path = environment.get("PATH")
     compilers = [environment["CC"]] if environment.get("CC") else ["gcc", "clang"]
@@ -49,7 +49,7 @@ def missing_tools(environment=os.environ, include=sysconfig.get_path("include"))
 
 
 def unseen_gpu(torch_version, cuda_version, driver):
-    """Why a torch of this version may see no GPU, and what to do. cuda_version is None of a build without CUDA."""
+    """Why a torch of this version may see no GPU, and what to do. cuda_version is None for a build without CUDA."""
     if cuda_version is None:
         return f"torch {torch_version} is a build without CUDA and sees no GPU: install requirements.txt"
     advice = (

@@ -2,16 +2,16 @@
 
     python tools/plan.py configs/orz_32b.py [--gpu_memory=80] [--key=value …]    exit code 2: does not fit; 3: cannot tell
 
-In:   the settings, and the model's shape: config.json of a folder, or the table of the models of configs/.
-Out:  phases → {what, with its arithmetic: GiB of one GPU}.
+In:   the settings, and the model's shape: from config.json in its folder, or from the table of the models in configs/.
+Out:  phase → {the name of an entry with its arithmetic: GiB on one GPU}.
 UNVERIFIED: written from the sources, without a GPU; no number here has been compared with a measured peak.
 
-vLLM, critic and policy work by turns. Where vLLM's share of a GPU leaves room for the networks that learn, they stay
-there (fits_beside_vllm in workers.py decides); else those that are not at work wait in CPU memory. The critic's forward
-pass needs less than its updates do, and is not listed. An estimate that rests on experience alone is marked as a guess.
+vLLM, critic and policy take turns. Where vLLM's share of a GPU leaves room for the networks that learn, they stay there
+(fits_beside_vllm in workers.py decides); else those that are not at work wait in CPU memory. The critic's forward pass
+needs less than its updates do, and is not listed. An estimate that rests on experience alone is marked as a guess.
 
-launch.py calls check_fits before a run, and describe for --dry_run. Nothing here asks torch for the GPU: that would make
-a CUDA context in the driver, which takes memory from the Worker on the same GPU.
+launch.py calls check_fits before a run, and describe for --dry_run. Nothing here asks torch about the GPU: that would make
+a CUDA context in the driver's process, which takes memory from the Worker on the same GPU.
 """
 
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for modules there only.
 
 from configs.load import UserError, context_tokens, has_critic, has_reference, load  # noqa: E402
 from workers import fits_beside_vllm  # noqa: E402
@@ -48,7 +48,7 @@ SHAPES = {  # model → the values of FIELDS, from its config.json on the hub
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": (5120, 48, 40, 8, 13824, 152064, False),
 }
 
-# Numbers of the code, repeated here because torch is not imported; tests/test_plan.py compares them.
+# Constants of other files, repeated here because torch is not imported; tests/test_plan.py compares them.
 KEPT_WHOLE = 5 * 10**8  # parameters that each rank keeps whole between packs (ppo.py)
 REDUCED_AT_ONCE = 2 * 10**7  # elements of gradients in one reduction (ppo.py)
 MAX_LOGITS = 2**28  # elements of the logits of one chunk (model.py)
@@ -82,14 +82,14 @@ class Shape:
 
 
 def read_shape(model):
-    """The Shape of a model, from the config.json of its folder or from the table; None where neither tells it."""
+    """The Shape of a model, from the config.json of its folder or from the table; None where it cannot be known."""
     file = Path(model) / "config.json"
     config = {"tie_word_embeddings": False, "model_type": "qwen2"}
     if file.is_file():
         try:
             config |= json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, TypeError):
-            raise UserError(f"{file} is no JSON object") from None
+            raise UserError(f"{file} is not a JSON object") from None
     elif model in SHAPES:
         config |= zip(FIELDS, SHAPES[model])
     known = all(isinstance(config.get(name), int) for name in FIELDS)
@@ -116,7 +116,8 @@ def bias_params(config, shape):
 
 
 def critic_shape(cfg, shape):
-    """The critic's Shape, of its own model or else the policy's, with a value head for the output head; None without one."""
+    """The critic's Shape: that of its own model, or else the policy's, with a value head in place of the output head. None if
+    the run has no critic."""
     if not has_critic(cfg):
         return None
     if cfg.critic_model:
@@ -130,11 +131,11 @@ def num_learned(cfg, shape):
     return shape.params + (critic.params if critic else 0)
 
 
-# ---- What one GPU holds: {what, with its arithmetic: bytes} ------------------------------------------------------
+# ---- What one GPU holds: {name with arithmetic: bytes} -----------------------------------------------------------
 
 
 def item(what, *factors, parts=1):
-    """One thing that a GPU holds, as ("name = arithmetic", bytes): the product of the factors, divided by `parts`."""
+    """An entry of what a GPU holds, as ("name = arithmetic", bytes): the product of the factors, divided by `parts`."""
     arithmetic = " * ".join(f"{factor:,}" for factor in factors)
     if parts > 1:
         arithmetic += f" / {parts}"
@@ -153,7 +154,7 @@ def always_held(cfg, policy):
     return dict(
         [
             item("CUDA, NCCL, sleeping vLLM, fragmentation (a guess)", 4, GIB),
-            item("the reference model, which stays there", size, reference, parts=cfg.workers),
+            item("the reference model, which stays on the GPU", size, reference, parts=cfg.workers),
             item("its weights that are kept whole (KEPT_WHOLE)", size, whole),
         ]
     )
@@ -180,14 +181,14 @@ def generating(cfg, policy, gpu_memory):
         item("vLLM's CUDA graphs (a guess)", 2**29),
         item("vLLM's activations (a guess)", cfg.max_num_batched_tokens, size, activations),
         item("vLLM's logits, three copies in fp32 (a guess)", cfg.max_num_seqs, 12, policy.vocabulary),
-        item("outside vLLM's share: for what stays, or for nobody", max(0, round(others))),
+        item("outside vLLM's share: for learners that stay, or unused", max(0, round(others))),
     ]
     tokens = context_tokens(cfg)
-    kv_heads = max(1, policy.kv_heads // cfg.tensor_parallel)  # Each GPU of an engine holds one at least.
+    kv_heads = max(1, policy.kv_heads // cfg.tensor_parallel)  # Each GPU of an engine holds at least one.
     token_bytes = 2 * policy.layers * kv_heads * policy.head_dim * size  # a key and a value in each layer
     left = gpu_memory * GIB - sum(held.values())
     hundredths = left // (tokens * token_bytes / 100)
-    # Sequences of full length, in training or evaluation, at the same time; one must fit.
+    # How many sequences of full length (of training or evaluation) fit at the same time. There must be room for one.
     sequences = max(1.0, hundredths / 100)
     held |= [item("KV cache: sequences, tokens, bytes", sequences, tokens, token_bytes)]
     return held
@@ -212,7 +213,7 @@ def updating(cfg, learner, others_staying):
             item("the same in fp32", 4, max(REDUCED_AT_ONCE, learner.embedding_params)),
             item("activations of a layer", layers_kept, size, tokens, kept),
             item("inputs of all layers", inputs_kept, size, tokens, learner.hidden),
-            item("the other network, which stays", size + 16, others_staying, parts=cfg.workers),
+            item("the other network, which stays on the GPU", size + 16, others_staying, parts=cfg.workers),
         ]
     )
 
@@ -236,8 +237,8 @@ def syncing(cfg, policy, policy_staying, critic_staying):
     held |= [
         item("policy's weights", size, policy.params, parts=cfg.workers),
         item("weights gathered at once: 16 tensors", size, sixteen_tensors),
-        item("policy's other states, which stay", 16, policy_staying, parts=cfg.workers),
-        item("the critic, which stays", size + 16, critic_staying, parts=cfg.workers),
+        item("policy's other states, which stay on the GPU", 16, policy_staying, parts=cfg.workers),
+        item("the critic, which stays on the GPU", size + 16, critic_staying, parts=cfg.workers),
     ]
     return held
 
@@ -252,9 +253,9 @@ def learners_stay(cfg, policy, gpu_memory):
 
 
 def plan(cfg, policy, gpu_memory):
-    """Phases → {what, with its arithmetic: GiB that one GPU holds of it}. policy: its Shape; gpu_memory: in GiB.
+    """Phase → {the name of an entry with its arithmetic: GiB on one GPU}. policy: its Shape; gpu_memory: in GiB.
 
-    A run fits where no phase holds more than gpu_memory.
+    A run fits if no phase holds more than gpu_memory.
     """
     critic = critic_shape(cfg, policy)
     policy_staying = critic_staying = 0
@@ -273,7 +274,7 @@ def plan(cfg, policy, gpu_memory):
 
 
 def overfull(cfg, policy, gpu_memory):
-    """The phases that do not fit, as {phase: GiB it needs}."""
+    """The phases that do not fit, as {phase: GiB that it needs}."""
     failed = {}
     for phase, held in plan(cfg, policy, gpu_memory).items():
         need = sum(held.values())
@@ -295,7 +296,7 @@ def check_fits(cfg, gpu_memory):
     if failed:
         phase, need = next(iter(failed.items()))
         estimate = "an estimate, which --gpu_memory=1000 overrules"
-        reason = f"{phase}: needs {need:.1f} GiB of each GPU ({estimate}), has {gpu_memory:g}"
+        reason = f"{phase}: needs {need:.1f} GiB of each GPU ({estimate}), which has {gpu_memory:g}"
         raise UserError(f"{reason}: {way_out(cfg, policy, gpu_memory)}")
 
 
@@ -314,7 +315,7 @@ def way_out(cfg, policy, gpu_memory):
             changed = SimpleNamespace(**vars(cfg) | {key: value})
             if not overfull(changed, policy, gpu_memory):
                 return f"try --{key}={value}"
-    return "no one setting is enough: more workers, more tensor_parallel, fewer tokens, or a smaller model"
+    return "no single setting is enough: combine more workers, more tensor_parallel and fewer tokens, or take a smaller model"
 
 
 def derived(cfg):
@@ -395,7 +396,7 @@ def main(argv):
             return 0
         if read_shape(cfg.model) is None:
             place = "the table of tools/plan.py"
-            print(f"model={cfg.model!r} is no folder of a dense model, nor in {place}", file=sys.stderr)
+            print(f"model={cfg.model!r} is neither a folder of a dense model nor in {place}", file=sys.stderr)
             return 3
         gpu_memory = cfg.gpu_memory or first_gpu_memory()
         print(report(cfg, gpu_memory))

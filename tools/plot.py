@@ -12,11 +12,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for modules there only.
 
 from log import flatten, read_rows  # noqa: E402
 
-PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Figure 2, where both climb together
+PANELS = {  # title → a pattern of its metrics' names; the first two are ORZ's Figure 2, where both climb together
     "Reward": "reward|eval/.*/accuracy",
     "Response length (tokens)": "response_tokens.*",
     "Evaluation: any of k, and the most frequent, right": "eval/.*/(pass|majority)_at_k",
@@ -27,7 +27,7 @@ PANELS = {  # title → the metrics in it, by pattern; the first row is ORZ's Fi
 
 
 def draw(runs, out):
-    """Draw the panels into the file `out`. runs: name → rows of metrics, flat. An old picture is replaced atomically."""
+    """Draw the panels into the file `out`. runs: name → flat rows of metrics. An old picture is replaced atomically."""
     figure = Figure(figsize=(14, 6.5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     for axis, (title, pattern) in zip(axes.flat, PANELS.items()):

@@ -4,11 +4,11 @@ In:   RUN/metrics.jsonl, RUN/config.json and RUN/tokens/*.npz (token_record.py) 
 Out:  report.html in the folder of the first: one file that opens by double click, without a server or a network.
 
 A run makes it anew after each evaluation, in a process of its own. tools/report.html is the page; this file puts the
-data into it, uPlot (tools/uplot, MIT), and nothing else. Arrays and texts are compressed and written in base64, so that
-nothing that a model wrote is ever part of the page's own text: the page shows it as text.
+data and uPlot (tools/uplot, MIT) into it, and nothing else. Arrays and texts are compressed and written in base64, so that
+nothing that a model wrote can become part of the page's HTML: the page decodes it and shows it as text.
 
     index     {"created", "runs": ids of payloads}, as JSON
-    run       JSON: metrics by step, questions, the responses as columns, the texts of tokens, each once
+    run       JSON: metrics by step, questions, the responses as columns, and each different text of a token once
     tokens    uint32 [N] of a file: indices into the run's texts
     numbers   fp32 [quantities, N] of a file
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Run as a script, Python looks for modules in tools/ only.
+sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for modules there only.
 
 import token_record  # noqa: E402
 from log import flatten, read_rows  # noqa: E402
@@ -37,7 +37,8 @@ from log import flatten, read_rows  # noqa: E402
 TEMPLATE = ROOT / "tools" / "report.html"
 UPLOT = ROOT / "tools" / "uplot"
 
-# Tokens that a report holds: at most about 100 MB, which a browser opens in seconds. Of more, training steps are left out evenly.
+# The most tokens that a report holds: about 100 MB, which a browser opens in seconds. Where a run has recorded more, training
+# steps are left out evenly.
 MOST_TOKENS = 4_000_000
 
 # The arrays of token_record.py that the page shows.
@@ -51,7 +52,7 @@ QUANTITIES = (
     "importance_weights",
     "logprob_differences",
 )
-# What numpy and zipfile raise for a file that a crash has cut, or that is none.
+# What numpy and zipfile raise for a file that a crash has cut short, or that is no .npz file.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 # Settings that say little about a run, or are long.
 HIDDEN_SETTINGS = ("versions", "content", "prompt_template", "out_dir", "name", "debug", "dry_run")
@@ -183,12 +184,13 @@ class Responses:
             self.columns[name] += values
 
     def place(self, places, key):
-        """Where the key stands in the order of `places`; a new one is put at the end."""
+        """The key's place in the order of `places`. A new key is added at the end."""
         return places.setdefault(key, len(places))
 
 
 def shorten(array, name):
-    """The array with the three digits of fp16, which compress well; a difference of log-probs may be below 1e-7."""
+    """The array rounded to fp16, whose three digits compress well. Differences of log-probs, which may be below 1e-7, stay
+    fp32."""
     if name == "logprob_differences":
         return array
     with np.errstate(over="ignore"):
@@ -221,7 +223,7 @@ def token_files(folder):
 
 
 def num_tokens(path):
-    """The recorded tokens of a file; 0 if it cannot be read. Of the arrays only the lengths are read."""
+    """The number of recorded tokens of a file; 0 if it cannot be read. Only the array of lengths is read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return int(file["response_lens"].sum())
@@ -249,9 +251,7 @@ def choose_files(files, most_tokens):
     shown = [path for path in files if path in set(kept + evaluations)]
     if len(kept) == len(training):
         return shown, None
-    note = (
-        f"Of {len(training):,} recorded training steps, {len(kept):,} are shown: together they have more than"
-    )
+    note = f"Of {len(training):,} recorded training steps, {len(kept):,} are shown: with all of them this run would have over"
     return shown, f"{note} {most_tokens:,} tokens (--max_tokens)."
 
 
