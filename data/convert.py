@@ -1,6 +1,6 @@
 """Convert other people's data to this project's JSONL: python data/prepare.py convert SOURCE [--key=value …]
 
-    SOURCE              a file (JSON, JSON lines, CSV or Parquet, also compressed) or the name of a Hugging Face data set
+    SOURCE              a file (JSON, JSON lines, CSV, Parquet or Arrow, also compressed) or the name of a Hugging Face data set
     --out=FILE          the file to write; by default SOURCE's name with .jsonl, in the current folder
     --question=NAME     the column of the question; a dot leads into a nested one: reward_model.ground_truth
     --answer=NAME       the column of the answer; where one of these two is not given, usual names are tried
@@ -13,7 +13,7 @@
     python data/prepare.py convert openai/gsm8k --subset=main --question=question --answer=answer --extract=####
 
 Rows without a question or an answer are left out and counted. Choices are written into the question, which is all that a
-model sees, and the answer becomes a letter. Only Parquet files need the package pyarrow, and only the hub needs datasets.
+model sees, and the answer becomes a letter. Only Parquet and Arrow files need the package pyarrow, only the hub datasets.
 """
 
 import bz2
@@ -40,6 +40,7 @@ OPTIONS = {
     "subset": "",
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"  # first bytes
 UNPACK = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 WRAPPERS = ("data", "rows", "examples", "questions", "items")  # {"data": […]}
 
@@ -120,12 +121,12 @@ def rows_of(content, path):
                 return rows_of(unpack(content), path)
             except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
                 raise UserError(f"{path}: cannot be unpacked: {error}") from None
-    if content.startswith(b"PAR1"):
-        return parquet_rows(content, path)
+    if content.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        return table_rows(content, path)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is neither Parquet nor UTF-8 text: {error}") from None
+        raise UserError(f"{path}: is neither Parquet, Arrow nor UTF-8 text: {error}") from None
     if text.lstrip()[:1] not in ("{", "["):
         return list(
             csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.partition("\n")[0] else ",")
@@ -156,18 +157,26 @@ def is_dialogue(value):
     return all(isinstance(item, dict) and "from" in item for item in value)
 
 
-def parquet_rows(content, path):
+def table_rows(content, path):
+    """The rows of a Parquet or an Arrow file."""
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{path}: reading Parquet or Arrow needs pyarrow: pip install pyarrow") from None
+    buffer = pyarrow.BufferReader(content)
     try:
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        if content.startswith(PARQUET):
+            table = pyarrow.parquet.read_table(buffer)
+        elif content.startswith(ARROW_FILE):
+            table = pyarrow.ipc.open_file(buffer).read_all()
+        else:
+            table = pyarrow.ipc.open_stream(buffer).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: is not a whole Parquet file: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: is not a whole Parquet or Arrow file: {reason}") from None
+    return table.to_pylist()
 
 
 def hub_rows(options):

@@ -48,6 +48,7 @@ class Prompt(NamedTuple):
 # First bytes of a file in another format → the format. For CONVERTIBLE a message names `data/prepare.py convert`.
 CONVERTIBLE = {b"PAR1": "a Parquet file", b"\x1f\x8b": "compressed (gzip)", b"BZh": "compressed (bzip2)"}
 CONVERTIBLE |= {b"\xfd7zXZ": "compressed (xz)", b"ARROW1": "an Arrow file"}
+CONVERTIBLE |= {b"\xff\xff\xff\xff": "an Arrow file"}  # a stream, as the package datasets saves its tables
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed (zstd)"}
 
 # Usual names of these columns in other people's data; data/prepare.py convert takes the first that exists.

@@ -20,7 +20,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.load import UserError
+from configs.load import UserError, has_critic
 
 # The files that are fetched of a model on the hub. *.j* stands for .json and for .jinja, the format of newer chat templates.
 HUB_FILES = ["*.j*", "*.safetensors", "*.txt", "*.model", "*.py"]
@@ -483,7 +483,7 @@ def read_models(cfg, log):
     unused = judge_network("policy", cfg.model, config, place, cfg, log)
     if unused:
         log.say(f"{place}: the folder holds tensors that the policy does not use: {few(list(unused))}")
-    if cfg.advantage == "gae":
+    if has_critic(cfg):
         judge_critic(cfg, tokenizer, log)
     return tokenizer, config
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from configs.load import UserError
 from data import prepare
 from data.load import Question, load_questions
 
@@ -106,7 +107,8 @@ def test_rows_without_an_answer_are_counted(tmp_path, capsys):
     assert len(questions) == 1 and "1 questions" in said and "4 rows left out" in said
 
 
-def test_parquet(tmp_path, capsys):
+def test_parquet_and_arrow(tmp_path, capsys):
+    """Fails if the error about an Arrow file names a command that cannot read it."""
     reason = "pyarrow is optional: pip install -r requirements-extras.txt"
     pyarrow = pytest.importorskip("pyarrow", reason=reason)
     parquet = pytest.importorskip("pyarrow.parquet", reason=reason)
@@ -114,8 +116,19 @@ def test_parquet(tmp_path, capsys):
     parquet.write_table(table, tmp_path / "t")
     questions, _ = converted(tmp_path, capsys, (tmp_path / "t").read_bytes(), name="table.parquet")
     assert questions == TWO[:1] * 2
+    for name, new_writer in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        with new_writer(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / "out.jsonl").unlink()
+        questions, _ = converted(tmp_path, capsys, content, name=f"{name}.arrow")
+        assert questions == TWO[:1] * 2
+        (tmp_path / "cut.arrow").write_bytes(content[:40])
+        assert "cut.arrow: is not a whole Parquet or Arrow" in refused(capsys, tmp_path / "cut.arrow")
+        with pytest.raises(UserError, match="cut.arrow: is an Arrow file, not JSON: .* convert"):
+            load_questions(str(tmp_path / "cut.arrow"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1\xfe\xfe PAR1")
-    assert "cut.parquet: is not a whole Parquet file" in refused(capsys, tmp_path / "cut.parquet")
+    assert "cut.parquet: is not a whole Parquet or Arrow" in refused(capsys, tmp_path / "cut.parquet")
 
 
 def test_optional_packages_are_asked_for(tmp_path, capsys, monkeypatch):
@@ -141,7 +154,7 @@ def test_what_cannot_be_converted(tmp_path, capsys, monkeypatch):
     assert "its columns are q, a: name them with --question= and --answer=" in refused(capsys, "rows.json")
     assert "cut.json:3: broken or truncated JSON" in refused(capsys, "cut.json")
     assert "cut.gz: cannot be unpacked" in refused(capsys, "cut.gz")
-    assert "neither Parquet nor UTF-8" in refused(capsys, "latin.csv")
+    assert "neither Parquet, Arrow nor UTF-8" in refused(capsys, "latin.csv")
     assert "good.jsonl exists already" in refused(capsys, "good.json")
     assert "cannot write /proc/x.jsonl" in refused(capsys, "good.json", "--out=/proc/x.jsonl")
     assert "there is no such file" in refused(capsys, "none.json")
