@@ -161,10 +161,12 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     apart."""
     from matplotlib.figure import Figure
 
-    drawn = {}
+    drawn, colours = {}, {}
 
     def look(figure, path, **_):
-        drawn.update({axis.get_title(): [line.get_label() for line in axis.lines] for axis in figure.axes})
+        for axis in figure.axes:
+            drawn[axis.get_title()] = [line.get_label() for line in axis.lines]
+            colours[axis.get_title()] = {line.get_label(): line.get_color() for line in axis.lines}
         Path(path).write_bytes(b"")
 
     monkeypatch.setattr(Figure, "savefig", look)
@@ -177,7 +179,8 @@ def test_curves_show_every_data_set_and_both_axes_of_figure_2(run, monkeypatch):
     # A crash has cut the second line short.
     (other / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     assert plot.main([str(run.dir), str(other), f"--out={other}/both.png"]) == 0
-    assert "b: reward" in drawn["Reward"] and "a: reward" in drawn["Reward"]
+    reward_colours = colours["Reward"]
+    assert reward_colours["a: reward"] == reward_colours["a: eval/a/accuracy"] != reward_colours["b: reward"]
     assert plot.main([str(run.dir.parent / "none")]) == 2
 
 
