@@ -1,7 +1,12 @@
 """Fixtures of several test files."""
 
+import signal
+
 import pytest
 from test_launch import RUN, run
+
+# A shell lets its background jobs ignore SIGINT, and the runs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
