@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import ppo
 from configs.load import ROOT, UserError, load
+from data.models import network_without_memory
 from tools import plan
 from workers import fits_beside_vllm
 
@@ -325,6 +327,18 @@ sys.exit(launch.main(sys.argv[1:]))
 """
 
 
+def write_empty_weights(folder):
+    """A model.safetensors with all tensors of config.json in bf16. All are zero, and a sparse file takes no disk space."""
+    header, end = {}, 0
+    for name, parameter in network_without_memory("policy", folder).named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
 @pytest.mark.soak
 def test_launch_refuses_what_does_not_fit(tmp_path):
     """Fails if a run that tools/plan.py would refuse loads weights for an hour until memory runs out, or if its folder
@@ -332,9 +346,10 @@ def test_launch_refuses_what_does_not_fit(tmp_path):
     of_32b = dict(zip(plan.FIELDS, plan.SHAPES["Qwen/Qwen2.5-32B"]))
     config = json.loads((ROOT / "data/tiny/config.json").read_text()) | of_32b
     (folder := tmp_path / "model").mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "data/tiny" / file, folder)
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 128}))
+    write_empty_weights(folder)
     arguments = ["configs/tiny.py", f"--model={folder}", f"--out_dir={tmp_path}/runs", "--dtype=bfloat16"]
     arguments.append("--gpu_memory=80")
     # Ray refuses to offer a GPU if this variable hides them all. No process gets as far as using the GPU.
