@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for modules there only.
 
 from log import flatten, read_rows  # noqa: E402
+from tools.runs import are_runs, run_names  # noqa: E402
 
 PANELS = {  # title → a pattern of its metrics' names; the first two are ORZ's Figure 2, where both climb together
     "Reward": "reward|eval/.*/accuracy",
@@ -114,16 +115,10 @@ def main(arguments):
             out = argument.removeprefix("--out=")
         else:
             folders.append(Path(argument))
-    if not folders:
-        print(__doc__.splitlines()[0], file=sys.stderr)
-        return 2
-    missing = [str(folder) for folder in folders if not (folder / "metrics.jsonl").exists()]
-    if missing:
-        print(f"error: there is no metrics.jsonl in {', '.join(missing)}", file=sys.stderr)
+    if not are_runs(folders, usage=__doc__.splitlines()[0]):
         return 2
     runs = {}
-    for folder in folders:
-        name = str(folder) if folder.name in runs else folder.name
+    for name, folder in zip(run_names(folders), folders):
         rows, num_broken = read_rows(folder / "metrics.jsonl")
         if num_broken:
             print(f"{folder}/metrics.jsonl: {num_broken} broken lines are left out", file=sys.stderr)

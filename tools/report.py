@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))  # For a script in tools/, Python looks for module
 
 import token_record  # noqa: E402
 from log import flatten, read_rows  # noqa: E402
+from tools.runs import are_runs, run_names  # noqa: E402
 
 TEMPLATE = ROOT / "tools" / "report.html"
 UPLOT = ROOT / "tools" / "uplot"
@@ -274,12 +275,6 @@ def make_report(folders, out, most_tokens=MOST_TOKENS):
     page.write({"created": created, "runs": payloads}, f"{', '.join(names)}: nanoORZ report", out)
 
 
-def run_names(folders):
-    """The names of the folders, or their paths where two have the same name."""
-    names = [folder.resolve().name for folder in folders]
-    return [str(folder) if names.count(name) > 1 else name for name, folder in zip(names, folders)]
-
-
 def main(arguments):
     folders, out, most_tokens = [], None, MOST_TOKENS
     for argument in arguments:
@@ -292,12 +287,7 @@ def main(arguments):
             return 2
         else:
             folders.append(Path(argument))
-    if not folders:
-        print(__doc__.splitlines()[0], file=sys.stderr)
-        return 2
-    missing = [str(folder) for folder in folders if not (folder / "metrics.jsonl").exists()]
-    if missing:
-        print(f"error: there is no metrics.jsonl in {', '.join(missing)}", file=sys.stderr)
+    if not are_runs(folders, usage=__doc__.splitlines()[0]):
         return 2
     out = out or folders[0] / "report.html"
     try:
