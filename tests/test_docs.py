@@ -55,9 +55,9 @@ def test_the_responses_shown_are_recorded():
     shown = next(block for block in code_blocks(README) if block.startswith("before "))
     for row in json.loads((ROOT / "docs/demo/responses.json").read_text()):
         before, after = row["before"], row["after"]
-        lines = f"before   {before['response']}\nafter    {after['response']}".splitlines()
-        if all(line.strip() in shown for line in lines):
-            assert shown.split()[-1] == f"{after['reward']:.0f}"
+        words = f"before {before['response']} reward {before['reward']:.0f}"
+        words += f" after {after['response']} reward {after['reward']:.0f}"
+        if shown.split() == words.split():
             return
     raise AssertionError("docs/demo/responses.json has no such pair")
 
